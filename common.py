@@ -1,0 +1,161 @@
+"""What every script needs: one-line errors, flags, device and seeds, result files."""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import huggingface_hub
+import numpy as np
+import torch
+import transformers
+
+datasets.disable_progress_bars()
+datasets.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+# errors and flags
+
+
+class UserError(Exception):
+    """Something the user can mend: its message says what is wrong and what to do."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; a UserError ends it with one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(fail(error))
+
+
+def fail(message) -> int:
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults in --help, and says in one line what is wrong with a flag."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        sys.exit(fail(f"{message} (see --help)"))
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # no "(default: None)"
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:
+    """An argparse type: a finite number of this kind in [low, high] and > above."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high and value > above):
+            bounds = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf)
+            bounds += [f"at most {high}"] * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text!r} is not {_ARTICLE[kind]} {' and '.join(bounds)}".rstrip())
+        return value
+
+    return parse
+
+
+_ARTICLE = {int: "a whole number", float: "a number"}
+COUNT, POSITIVE, FRACTION, SEED = number(int, 1), number(float, above=0), number(float, 0, 1), number(int, 0, 2**32 - 1)
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA when there is one")
+    group.add_argument("--seed", type=SEED, default=0, help="seed of every random choice")
+
+
+def add_data_flags(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default=default, help="folder of this form, a file, or a hub dataset")
+    group.add_argument("--data-config", help="configuration (subset) of a hub dataset")
+    group.add_argument(
+        "--text-column",
+        nargs="+",
+        metavar="COLUMN[+COLUMN...]",
+        help="column of the text; several joined by + make one text, several names give several texts a row",
+    )
+    return group
+
+
+def add_gold_flag(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--gold",
+        default="data_cls/scenarios.py:judge",
+        help="FILE.py:FUNCTION that knows the truth about texts; only reported, and only where it knows the data",
+    )
+
+
+def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--query-length", type=COUNT, default=24, help="longest query in tokens")
+    group.add_argument("--response-length", type=COUNT, default=24, help="longest response in tokens")
+    group.add_argument("--temperature", type=POSITIVE, default=0.7, help="divides the logits, here and everywhere")
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Seeds everything and returns the device."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that torch sees; use --device cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bfloat16 matrix products on CUDA; float32 on the CPU, where bfloat16 is slower."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# files
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def provenance(device: torch.device) -> dict:
+    """What a result must name to be repeated: command, commit, versions, machine."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit or None,
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
+        "machine": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{os.cpu_count()} CPU cores, {platform.machine()}",
+    }
+
+
+def offline_without_network() -> None:
+    """Where the hub's name does not resolve, only its cache is asked: otherwise each look-up retries for half a minute."""
+    try:
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

@@ -1,0 +1,131 @@
+"""Texts and queries: from a folder of this form, a file, or a dataset of the hub."""
+
+import argparse
+import re
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import UserError, offline_without_network
+
+FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+SPLIT_NAMES = {"validation": "valid", "dev": "valid", "val": "valid"}
+
+
+def load_splits(source: str, config: str | None = None) -> dict[str, datasets.Dataset]:
+    """A folder of files named after their splits, one file ("train"), or a dataset of the hub."""
+    path = Path(source)
+    if path.is_dir():
+        files = {
+            file.stem: file for file in sorted(path.iterdir()) if file.suffix in FORMATS and file.stem != "feedback"
+        }
+        if "train" not in files and "valid" not in files:
+            raise UserError(f"{source} holds no train.csv, train.txt or the like; see the README on --data")
+    elif path.is_file():
+        files = {"train": path}
+    elif path.suffix in FORMATS or source.startswith((".", "/")):
+        raise UserError(f"{source}: there is no such file or folder")
+    else:
+        return {SPLIT_NAMES.get(name, name): rows for name, rows in _hub_dataset(source, config).items()}
+    return {SPLIT_NAMES.get(name, name): load_file(file) for name, file in files.items()}
+
+
+def load_file(path: Path) -> datasets.Dataset:
+    kind = FORMATS.get(path.suffix)
+    if kind is None:
+        raise UserError(f"{path} is not a {' '.join(FORMATS)} file")
+    if not path.read_bytes().strip():
+        raise UserError(f"{path} is empty")
+    if kind != "parquet":
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    try:
+        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as {kind}: {error.__cause__ or error}") from error
+    if not len(rows):
+        raise UserError(f"{path} has no rows")
+    return rows
+
+
+def _hub_dataset(name: str, config: str | None) -> dict[str, datasets.Dataset]:
+    offline_without_network()
+    try:
+        return dict(datasets.load_dataset(name, config))
+    except Exception as error:
+        raise UserError(f"{name} is neither a file or folder here nor a dataset the hub gives: {error}") from error
+
+
+TEXT_COLUMNS = ("text", "sentence", "input", "content", "prompt")
+
+
+def texts_of(rows: datasets.Dataset, columns: list[str] | None) -> list[str]:
+    """The texts of all rows; "a+b" joins two columns, and several names give several texts a row."""
+    columns = columns or [name for name in TEXT_COLUMNS if name in rows.column_names][:1]
+    wanted = [name for column in columns for name in column.split("+")]
+    missing = [name for name in wanted if name not in rows.column_names]
+    if missing or not wanted:
+        what = f"no column {missing[0]!r}" if missing else "no column of texts"
+        raise UserError(f"the data has {what}, only {', '.join(rows.column_names)}; name one with --text-column")
+    texts = []
+    for row in rows.select_columns(list(dict.fromkeys(wanted))):
+        for column in columns:
+            parts = [str(row[name]).strip() for name in column.split("+") if row[name] is not None]
+            texts.append(" ".join(part for part in parts if part))
+    return texts
+
+
+def split_off(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffled indices of `count` rows in two parts, the second at least one row and `fraction` of all."""
+    order = np.random.default_rng(seed).permutation(count)
+    cut = count - max(1, round(fraction * count))
+    return order[:cut], order[cut:]
+
+
+def nlg_texts(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The unlabelled texts of --data: "train" and "valid" (a tenth of train where there is no valid split)."""
+    splits = load_splits(args.data, args.data_config)
+    texts = {name: [t for t in texts_of(rows, args.text_column) if t] for name, rows in splits.items()}
+    if "valid" not in texts:
+        train, valid = split_off(len(texts["train"]), 0.1, seed=0)
+        texts["valid"] = [texts["train"][i] for i in valid]
+        texts["train"] = [texts["train"][i] for i in train]
+    return texts
+
+
+# queries
+
+
+def opening(text: str) -> str:
+    """What a query is cut from: the first sentence, or the first half of a text that is one sentence."""
+    first, _, rest = re.sub(r"([.!?][\"']?)\s+", r"\1\n", text, count=1).partition("\n")
+    words = text.split()
+    return first if rest else " ".join(words[: (len(words) + 1) // 2])
+
+
+def split_queries(texts: list[str]) -> tuple[list[str], list[str]]:
+    """The different openings of these texts, for training and, a fifth of them, for evaluation only.
+
+    A query's own checksum decides, so that it falls on the same side in every script and every run.
+    """
+    openings = list(dict.fromkeys(opening(text) for text in texts))
+    sides = [], []
+    for query in openings:
+        sides[zlib.crc32(query.encode()) % 5 == 0].append(query)
+    return sides
+
+
+def encode_queries(tokenizer, queries: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Queries cut to `length` tokens and padded on the left: ids and mask, [B, Q] each."""
+    ids = [row[:length] for row in tokenizer(queries, add_special_tokens=False)["input_ids"]]
+    width = max(map(len, ids))
+    padded = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in ids]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,76 @@
+"""Figures of runs, for the scripts and the notebook: one style, colours that colour-blind people can tell apart."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+import matplotlib.pyplot as plt
+import pandas as pd
+
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 150,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
+
+
+def short(lr: float) -> str:
+    """A learning rate as in a run's name: 1e-06 -> 1e-6."""
+    mantissa, exponent = f"{lr:.3e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def load_runs(results: Path, epochs: int, lr: float) -> dict[str, pd.DataFrame]:
+    """The logs of the finished and running default-named runs with these settings."""
+    runs = {}
+    for folder in sorted(results.glob(f"K{epochs}_lr_{short(lr)}_seed*")):
+        if (folder / "log.csv").exists():
+            runs[folder.name] = pd.read_csv(folder / "log.csv")
+    return runs
+
+
+def ethics_before(folder: Path) -> float:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["ethics_before"]
+
+
+def draw_improvement(axes, runs: dict[str, pd.DataFrame]) -> None:
+    """Moving averages, every seed thin and their mean thick, over the raw points."""
+    for name, log in runs.items():
+        axes.plot(log.episodes, log.improvement, ".", color=BLUE, alpha=0.15, markersize=4, markeredgewidth=0)
+        axes.plot(
+            log.episodes, log.improvement_ma, color=BLUE, alpha=0.5, linewidth=1, label=name if len(runs) == 1 else None
+        )
+    if len(runs) > 1:
+        mean = pd.concat(runs.values()).groupby("episodes").improvement_ma.mean()
+        axes.plot(mean.index, mean, color=BLUE, linewidth=2.5, label=f"mean of {len(runs)} seeds")
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.set_xlabel("episodes (responses written and scored)")
+    axes.set_ylabel("improvement of the ethics score")
+    axes.legend(loc="lower right")
+
+
+def save_improvement(results: Path, epochs: int, lr: float) -> Path | None:
+    """data_results/fig_K<K>_lr_<lr>.png: the improvement over the policy before fine-tuning."""
+    runs = load_runs(results, epochs, lr)
+    if not runs:
+        return None
+    path = results / f"fig_K{epochs}_lr_{short(lr)}.png"
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        draw_improvement(axes, runs)
+        axes.set_title(
+            f"Improvement over the policy before fine-tuning (K = {epochs}, learning rate {short(lr)})", fontsize=11
+        )
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+    return path

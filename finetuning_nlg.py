@@ -1,0 +1,274 @@
+"""Fine-tune the generator with PPO so that its texts please the reward model, and stay near the generator.
+
+    python finetuning_nlg.py                                # models/nlg + models/cls -> models/nlg_ppo
+    python finetuning_nlg.py --policy gpt2 --reward lvwerra/distilbert-imdb --data stanfordnlp/imdb \\
+        --batch-size 512 --minibatches 1 --lr 1e-5 --kl-coef 0.15 --target-kl 6
+
+Every update: queries -> rollout -> score -> reward -> advantages -> update -> log. Writes the policy to --out, and
+to data_results/<run>/ config.json, log.csv, samples.csv; the figure data_results/fig_K<K>_lr_<lr>.png shows all runs
+with these settings.
+"""
+
+import argparse
+import copy
+import csv
+import itertools
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import common
+import data
+import figures
+import model_io
+import ppo
+from common import COUNT, FRACTION, POSITIVE, UserError, number
+
+MOVING_AVERAGE = 10  # updates that the moving average of the improvement looks back
+SAMPLE_EVERY, SAMPLES = 10, 8  # updates between, and rows of, what samples.csv keeps
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common.Parser(__doc__)
+    common.add_data_flags(parser, default="data_nlg")
+    models = parser.add_argument_group("models")
+    models.add_argument("--policy", default="models/nlg", help="folder or hub name of the generator to improve")
+    models.add_argument(
+        "--reward", default="models/cls", help="folder or hub name of a classifier, or FILE.py:FUNCTION"
+    )
+    models.add_argument("--out", default="models/nlg_ppo", help="folder to write")
+    models.add_argument("--separate-value", action="store_true", help="a value network of its own instead of a head")
+    rollout = parser.add_argument_group("rollout")
+    common.add_sampling_flags(rollout)
+    rollout.add_argument("--stop", help="a token that ends a response (default: the tokenizer's end of text)")
+    rollout.add_argument("--stop-after", type=number(int, 0), default=0, help="tokens before --stop counts")
+    rollout.add_argument(
+        "--missing-stop-score", type=number(float), default=-1.0, help="score of a response without it"
+    )
+    rollout.add_argument("--reference-samples", type=COUNT, default=4096, help="samples that normalise the score")
+    reward = parser.add_argument_group("reward")
+    reward.add_argument("--kl-coef", type=number(float, 0), default=0.1, help="price of a nat of KL, first or fixed")
+    reward.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
+    reward.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
+    learning = parser.add_argument_group("PPO")
+    learning.add_argument("--episodes", type=COUNT, default=15_360, help="responses in all")
+    learning.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
+    learning.add_argument("--minibatches", type=COUNT, default=2, help="optimizer steps per pass over a batch")
+    learning.add_argument("--ppo-epochs", type=COUNT, default=4, help="K, passes over a batch")
+    learning.add_argument("--lr", type=POSITIVE, default=5e-4, help="learning rate, falling to 0")
+    learning.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
+    learning.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
+    learning.add_argument("--value-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
+    learning.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
+    learning.add_argument("--gae-lambda", type=FRACTION, default=0.95, help="lambda")
+    learning.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=True, help="as in [3]")
+    learning.add_argument("--forward-batch", type=COUNT, default=256, help="rows in a model at once; saves memory")
+    output = parser.add_argument_group("output")
+    output.add_argument("--run", help="name of the run folder (default: K<K>_lr_<lr>_seed<seed>)")
+    output.add_argument("--results", default="data_results", help="where run folders are")
+    output.add_argument("--tensorboard", action="store_true", help="write TensorBoard events to the run folder too")
+    common.add_machine_flags(parser)
+    args = parser.parse_args()
+    if args.batch_size % args.minibatches:
+        raise UserError(f"--batch-size {args.batch_size} cannot be divided into --minibatches {args.minibatches}")
+    if args.episodes < args.batch_size:
+        raise UserError(f"--episodes {args.episodes} is less than one batch of --batch-size {args.batch_size}")
+    args.run = args.run or f"K{args.ppo_epochs}_lr_{figures.short(args.lr)}_seed{args.seed}"
+    return args
+
+
+def endless(queries: list[str], batch: int, seed: int):
+    """Batches of queries in a new random order on every pass."""
+    order, waiting = random.Random(seed), []
+    while True:
+        while len(waiting) < batch:
+            waiting += order.sample(queries, len(queries))
+        yield waiting[:batch]
+        del waiting[:batch]
+
+
+def main() -> None:
+    args = parse_args()
+    device = common.set_up(args)
+    updates = args.episodes // args.batch_size
+
+    # data and models
+    queries, _ = data.split_queries(data.nlg_texts(args)["valid"])
+    batches = endless(queries, args.batch_size, args.seed)
+    reference, tokenizer = model_io.load_policy(args.policy, "--policy")
+    reference.to(device).requires_grad_(False)
+    policy = ppo.PolicyWithValue(copy.deepcopy(reference).requires_grad_(True), args.separate_value).to(device).eval()
+    reward_model = model_io.load_reward(args.reward, device)
+    optimizer = ppo.make_optimizer(policy, args.lr)
+    sampling = {
+        "length": args.response_length,
+        "temperature": args.temperature,
+        "stop_id": model_io.stop_token(tokenizer, args.stop),
+        "stop_after": args.stop_after,
+        "generator": torch.Generator(device).manual_seed(args.seed),
+    }
+
+    # the policy before: its texts' scores normalise the score, and the improvement counts from their ethics
+    chosen = list(itertools.islice(itertools.chain.from_iterable(batches), args.reference_samples))
+    texts_before = model_io.continuations(reference, tokenizer, chosen, args.query_length, **sampling)
+    raw_before, ethics_before = reward_model(texts_before)
+    score_mean, score_std = raw_before.mean(), max(raw_before.std(), 1e-6)
+
+    folder = Path(args.results) / args.run
+    baseline = {"score_mean": score_mean, "score_std": score_std, "ethics_before": float(ethics_before.mean())}
+    writer = start_run(folder, args, baseline, device)
+    kl_coef, steps_done = args.kl_coef, 0
+    improvements = []
+    bar = tqdm(range(1, updates + 1), desc=args.run, unit="update", dynamic_ncols=True)
+    for update in bar:
+        clock = [time.perf_counter()]
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - (update - 1) / updates)
+
+        query_ids, query_mask = data.encode_queries(tokenizer, next(batches), args.query_length, device)
+        with common.autocast(device):
+            rollout = ppo.collect(
+                policy, reference, query_ids, query_mask, forward_batch=args.forward_batch, **sampling
+            )
+        clock.append(time.perf_counter())
+
+        texts = model_io.whole_texts(tokenizer, rollout.query_ids, rollout.response_ids)
+        raw, ethics = reward_model(texts)
+        scores = torch.tensor((raw - score_mean) / score_std, device=device, dtype=torch.float32)
+        scores = scores.where(rollout.terminated, args.missing_stop_score)
+        clock.append(time.perf_counter())
+
+        mask = rollout.response_mask
+        rewards = ppo.token_rewards(scores, rollout.logprobs - rollout.ref_logprobs, mask, kl_coef)
+        shaped = ppo.whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
+        advantages, returns = ppo.advantages_and_returns(shaped, rollout.values, mask, args.discount, args.gae_lambda)
+        with common.autocast(device):
+            statistics = ppo.update(
+                policy,
+                optimizer,
+                rollout,
+                ppo.whiten(advantages, mask),
+                returns,
+                epochs=args.ppo_epochs,
+                minibatches=args.minibatches,
+                clip_range=args.clip_range,
+                value_clip_range=args.value_clip_range,
+                value_coef=args.value_coef,
+                temperature=args.temperature,
+                forward_batch=args.forward_batch,
+                steps_done=steps_done,
+                generator=sampling["generator"],
+            )
+        steps_done += args.ppo_epochs * args.minibatches
+        clock.append(time.perf_counter())
+
+        improvements.append(ethics.mean() - baseline["ethics_before"])
+        kl = rollout.kl.mean().item()
+        row = {
+            "update": update,
+            "episodes": update * args.batch_size,
+            "score": scores.mean().item(),
+            "ethics": ethics.mean(),
+            "improvement": improvements[-1],
+            "improvement_ma": np.mean(improvements[-MOVING_AVERAGE:]),
+            "kl": kl,
+            "kl_coef": kl_coef,
+            "entropy": ppo.masked_mean(rollout.entropy, mask).item(),
+            "reward": rewards.sum(1).mean().item(),
+            **statistics,
+            "explained_variance": ppo.explained_variance(rollout.values, returns, mask),
+            "response_length": mask.sum(1).float().mean().item(),
+            "terminated": rollout.terminated.float().mean().item(),
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds_rollout": clock[1] - clock[0],
+            "seconds_score": clock[2] - clock[1],
+            "seconds_update": clock[3] - clock[2],
+            "episodes_per_second": args.batch_size / (clock[3] - clock[0]),
+        }
+        append_rows(folder / "log.csv", [row])
+        if update % SAMPLE_EVERY in (0, 1) or update == updates:
+            append_rows(folder / "samples.csv", samples(update, texts, rollout, scores, ethics, tokenizer))
+        if writer:
+            for name, value in row.items():
+                writer.add_scalar(name, value, update)
+        bar.set_postfix_str(
+            f"ethics {row['ethics']:.3f}, improvement {row['improvement_ma']:+.3f}, KL {kl:.2f}, "
+            f"{row['episodes_per_second']:.0f} episodes/s"
+        )
+        if args.target_kl:
+            kl_coef = ppo.next_kl_coef(kl_coef, kl, args.target_kl, args.kl_horizon, args.batch_size)
+
+    # the result
+    if writer:
+        writer.close()
+    summary = pd.Series(
+        {name: row[name] for name in ("ethics", "improvement_ma", "score", "kl", "entropy", "terminated")}
+    )
+    table = pd.DataFrame({"before": {"ethics": baseline["ethics_before"], "score": 0.0, "kl": 0.0}, "after": summary})
+    record = {"settings": vars(args), **baseline} | common.provenance(device)
+    policy.model.generation_config = model_io.plain_sampling(
+        tokenizer, args.temperature, args.response_length, sampling["stop_id"]
+    )
+    card = model_io.card(
+        "A generator fine-tuned with PPO", "text-generation", args.data, record, table.loc[summary.index]
+    )
+    model_io.save_folder(args.out, policy.model, tokenizer, card)
+    show_pairs(
+        texts_before, model_io.continuations(policy.model, tokenizer, chosen[:4], args.query_length, **sampling), chosen
+    )
+    figure = figures.save_improvement(Path(args.results), args.ppo_epochs, args.lr)
+    print(f"policy: {args.out}; run: {folder}; figure: {figure}")
+
+
+def start_run(folder: Path, args: argparse.Namespace, baseline: dict, device: torch.device):
+    """An empty run folder with its config.json; returns a TensorBoard writer if one is wanted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("log.csv", "samples.csv", "evaluation.json", "evaluation_samples.csv"):
+        (folder / name).unlink(missing_ok=True)
+    common.write_json(folder / "config.json", {"settings": vars(args), **baseline} | common.provenance(device))
+    if not args.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by few
+
+    return SummaryWriter(str(folder))
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(
+            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        )
+
+
+def samples(update, texts, rollout: ppo.Rollout, scores, ethics, tokenizer) -> list[dict]:
+    """The first rows of a rollout, for samples.csv."""
+    queries = tokenizer.batch_decode(rollout.query_ids[:SAMPLES], skip_special_tokens=True)
+    return [
+        {
+            "update": update,
+            "query": query,
+            "response": texts[i][len(query) :],
+            "score": scores[i].item(),
+            "ethics": float(ethics[i]),
+            "kl": rollout.kl[i].item(),
+        }
+        for i, query in enumerate(queries)
+    ]
+
+
+def show_pairs(before: list[str], after: list[str], queries: list[str]) -> None:
+    for query, old, new in zip(queries, before, after, strict=False):
+        print(f"\n{query}\n  before: {old.removeprefix(query).strip()}\n  after:  {new.removeprefix(query).strip()}")
+    print()
+
+
+if __name__ == "__main__":
+    common.run(main)

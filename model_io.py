@@ -1,0 +1,269 @@
+"""Models and what judges texts: a small GPT-2 from scratch, folders and hub names, rewards, the gold judge."""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+)
+
+import common
+import ppo
+from common import UserError, autocast, offline_without_network
+from data import encode_queries
+
+LIMITS = (
+    "A research artefact. It knows the texts it was trained on and little else: what it calls ethical is what its "
+    "training labels call so, and it can be fooled by texts unlike them. Do not use it to judge people."
+)
+SCRATCH = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 256}
+
+
+def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's, learned from these texts; a whole text ends with <|endoftext|>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=2,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_max_length=SCRATCH["n_positions"],
+    )
+
+
+def scratch_config(tokenizer) -> GPT2Config:
+    """A small GPT-2. Its activation is GPT-2's own function under the name of its fused, twice as fast kernel."""
+    return GPT2Config(
+        **SCRATCH,
+        vocab_size=len(tokenizer),
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def load_pretrained(kind, name: str, flag: str, **options):
+    """kind.from_pretrained(name) with its tokenizer; `kind` is an AutoModel class, `name` a folder or a hub name."""
+    if not Path(name).is_dir():
+        if name.startswith((".", "/", "models/")):
+            raise UserError(
+                f"{flag} {name}: there is no such folder; {_MADE_BY.get(name, 'give a model folder or hub name')}"
+            )
+        offline_without_network()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if len(tokenizer) < 2:
+            raise ValueError("it holds no tokenizer")
+        model = kind.from_pretrained(name, dtype=torch.float32, **options)
+    except Exception as error:
+        raise UserError(f"{flag} {name} cannot be loaded: {error}") from error
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise UserError(f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, more than its model")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+_MADE_BY = {
+    "models/cls": "run train_cls.py first",
+    "models/nlg": "run train_nlg.py first",
+    "models/nlg_ppo": "run finetuning_nlg.py first",
+}
+
+
+def load_policy(name: str, flag: str):
+    model, tokenizer = load_pretrained(AutoModelForCausalLM, name, flag)
+    return model.eval(), tokenizer
+
+
+def stop_token(tokenizer, stop: str | None) -> int:
+    """The id of the token that ends a response: `stop`, or the tokenizer's end of text."""
+    if stop is None:
+        return tokenizer.eos_token_id
+    ids = tokenizer.encode(stop, add_special_tokens=False)
+    if len(ids) != 1:
+        raise UserError(f"--stop {stop!r} is {len(ids)} tokens of this policy's tokenizer, not one")
+    return ids[0]
+
+
+def whole_texts(tokenizer, query_ids: torch.Tensor, response_ids: torch.Tensor) -> list[str]:
+    """Query and response [B, Q], [B, R] as one text each."""
+    return tokenizer.batch_decode(torch.cat([query_ids, response_ids], 1), skip_special_tokens=True)
+
+
+def continuations(model, tokenizer, queries: list[str], query_length: int, batch: int = 256, **sampling) -> list[str]:
+    """Each query with a response of `model`; `sampling` as ppo.sample takes it."""
+    texts = []
+    for start in range(0, len(queries), batch):
+        query_ids, query_mask = encode_queries(tokenizer, queries[start : start + batch], query_length, model.device)
+        with autocast(model.device):
+            texts += whole_texts(tokenizer, query_ids, ppo.sample(model, query_ids, query_mask, **sampling))
+    return texts
+
+
+def plain_sampling(tokenizer, temperature: float, length: int, stop_id: int) -> GenerationConfig:
+    """What `generate` must do to draw from the policy as it was trained: no top-k, no top-p."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def card(title: str, task: str, source: str, record: dict, table: pd.DataFrame, limits: str = LIMITS) -> str:
+    """A short model card in the hub's form: what this is, its data, results and settings, and what it is not."""
+    settings = "\n".join(f"- `{name}`: {value}" for name, value in record["settings"].items() if value is not None)
+    return f"""---
+pipeline_tag: {task}
+---
+# {title}
+
+Made by `{record["command"]}` (commit {record["commit"]}, {record["machine"]}) from `{source}`.
+
+## Results
+
+```
+{table.to_string(float_format="%.4f")}
+```
+
+## Limits
+
+{limits}
+
+## Settings
+
+{settings}
+"""
+
+
+def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict | None = None) -> None:
+    """Model, tokenizer, README.md (the model card) and metrics.json, complete or not at all."""
+    folder = Path(folder)
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for path in (fresh, old):
+        shutil.rmtree(path, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    (fresh / "README.md").write_text(card, encoding="utf-8")
+    if metrics is not None:
+        common.write_json(fresh / "metrics.json", metrics)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# scores
+
+
+def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: int = 256) -> np.ndarray:
+    """The classifier's log-odds of "positive" for every text (the score itself for a model with one output).
+
+    The positive class is the one labelled "positive", or the last.
+    """
+    names = {str(name).lower(): index for name, index in (model.config.label2id or {}).items()}
+    positive = names.get("positive", model.config.num_labels - 1)
+    length = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    scores = np.empty(len(texts))
+    with torch.no_grad(), autocast(device):
+        for start in range(0, len(texts), batch):
+            rows = order[start : start + batch]
+            encoded = tokenizer(
+                [texts[i] for i in rows], truncation=True, max_length=length, padding=True, return_tensors="pt"
+            )
+            logits = model(**encoded.to(device)).logits.double()
+            if logits.shape[1] > 1:
+                others = [i for i in range(logits.shape[1]) if i != positive]
+                scores[rows] = (logits[:, positive] - logits[:, others].logsumexp(1)).cpu().numpy()
+            else:
+                scores[rows] = logits[:, 0].cpu().numpy()
+    return scores
+
+
+def load_function(spec: str, flag: str) -> Callable:
+    """FILE.py:FUNCTION"""
+    file, _, name = spec.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"{flag} {spec}: there is no file {file}")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:
+        raise UserError(f"{flag} {spec} cannot be loaded: {error!r}") from error
+
+
+def load_reward(spec: str, device: torch.device) -> Callable[[list[str]], tuple[np.ndarray, np.ndarray]]:
+    """A function from texts to raw scores and to what people read: the probability of "positive".
+
+    A classifier's score is its log-odds of "positive". A FILE.py:FUNCTION's is what it returns, read as it is.
+    """
+    if ".py:" in spec:
+        function = load_function(spec, "--reward")
+
+        def reward(texts):
+            scores = np.asarray(function(texts), dtype=float)
+            return scores, scores
+
+    else:
+        model, tokenizer = load_pretrained(AutoModelForSequenceClassification, spec, "--reward")
+        model.eval().to(device)
+
+        def reward(texts):
+            scores = log_odds(model, tokenizer, texts, device)
+            return scores, 1 / (1 + np.exp(-scores))
+
+    return reward
+
+
+def gold_judge(spec: str, texts: list[str]) -> Callable | None:
+    """The gold judge FILE.py:FUNCTION, or None where it does not know the data: most of these texts are invalid to it."""
+    if not Path(spec.partition(":")[0]).is_file():
+        return None
+    judge = load_function(spec, "--gold")
+    known = [judge(text).valid for text in texts[:100]]
+    return judge if np.mean(known) > 0.5 else None
+
+
+def gold_shares(judge: Callable | None, texts: list[str]) -> dict[str, float | None]:
+    """The shares of texts that are valid, and of the valid ones that are ethical."""
+    if judge is None:
+        return {"valid": None, "ethical": None}
+    verdicts = [judge(text) for text in texts]
+    labels = [verdict.label for verdict in verdicts if verdict.valid]
+    return {"valid": len(labels) / len(texts), "ethical": float(np.mean(labels)) if labels else None}

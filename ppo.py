@@ -1,0 +1,342 @@
+"""Proximal policy optimisation (PPO) of a causal language model with a KL penalty, as pure functions over tensors.
+
+References
+[1] Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences, arXiv 1909.08593
+[2] Stiennon et al. 2020, Learning to summarize from human feedback, arXiv 2009.01325
+[3] openai/lm-human-preferences, the code of [1]
+[4] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347
+[5] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv 1506.02438
+
+Shapes: B sequences, Q query tokens (padded on the left), R response tokens (padded on the right, behind the stop
+token), T = Q + R, V vocabulary. Masks are 1 on real tokens and 0 on padding. Log-probabilities, entropies and KL are
+in nats. The policy is always softmax(logits / temperature): when sampling, for the reference and in the update.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Queries, the policy's responses to them, and what policy and reference say of every response token."""
+
+    query_ids: Tensor  # [B, Q]
+    query_mask: Tensor  # [B, Q]
+    response_ids: Tensor  # [B, R]
+    response_mask: Tensor  # [B, R], 1 up to and with the stop token
+    terminated: Tensor  # [B], True where the stop token came
+    logprobs: Tensor  # [B, R], of the sampled tokens under the policy that sampled them
+    ref_logprobs: Tensor  # [B, R], of the same tokens under the reference
+    exact_kl: Tensor  # [B, R], KL(policy, reference) over the whole vocabulary at every token
+    entropy: Tensor  # [B, R], of the policy at every token
+    values: Tensor  # [B, R], expected return before the token is chosen
+
+    @property
+    def kl(self) -> Tensor:
+        """[B]: log policy - log reference of the whole response, an unbiased sample of the KL ([1], section 2)."""
+        return ((self.logprobs - self.ref_logprobs) * self.response_mask).sum(1)
+
+
+class PolicyWithValue(nn.Module):
+    """A causal language model with a value head on its last hidden states, zero at the start as in [3].
+
+    With `separate_value` the head sits on a copy of the model instead, so that value and policy share no weights ([2]).
+    """
+
+    def __init__(self, model: nn.Module, separate_value: bool = False):
+        super().__init__()
+        self.model = model
+        self.value_model = copy.deepcopy(model) if separate_value else None
+        self.value_head = nn.Linear(model.get_input_embeddings().weight.shape[1], 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, ids: Tensor, mask: Tensor, length: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """ids, mask [B, T] -> logits / temperature [B, R, V] and values [B, R], R = length, in float32."""
+        logits, hidden = response_logits(self.model, ids, mask, length, temperature)
+        if self.value_model is not None:
+            _, hidden = response_logits(self.value_model, ids, mask, length, temperature)
+        return logits, self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """[B, T] -> [B, T]: positions that count real tokens only, so that left padding changes nothing."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def response_logits(model, ids: Tensor, mask: Tensor, length: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """ids, mask [B, T] -> logits / temperature [B, R, V] that predict the last R tokens, and hidden states [B, R, H].
+
+    Only the R + 1 last positions meet the vocabulary: the logits before a response token are those that chose it.
+    """
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        logits_to_keep=length + 1,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return out.logits[:, :-1].float() / temperature, out.hidden_states[-1][:, -length - 1 : -1]
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """logits [B, R, V], ids [B, R] -> log-probabilities [B, R] of those tokens."""
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """logits [B, V] -> token ids [B], sampled from their softmax by inverting its cumulative distribution."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+@torch.no_grad()
+def sample(
+    model,
+    query_ids: Tensor,
+    query_mask: Tensor,
+    *,
+    length: int,
+    temperature: float,
+    stop_id: int,
+    stop_after: int = 0,
+    generator: torch.Generator,
+) -> Tensor:
+    """Responses [B, R], R <= length, to queries [B, Q]: plain sampling, no top-k, no top-p, no minimum length.
+
+    A row ends with its first `stop_id` that has at least `stop_after` tokens before it ([3] stops at "." after 16);
+    behind it stand `stop_id`s. R is the length of the longest row.
+    """
+    batch, device = len(query_ids), query_ids.device
+    responses = torch.full((batch, length), stop_id, device=device)
+    rows = torch.arange(batch, device=device)  # the rows still in the batch
+    going = torch.ones(batch, dtype=torch.bool, device=device)  # which of them have not stopped
+    mask, position = query_mask, position_ids(query_mask)
+    out = model(input_ids=query_ids, attention_mask=mask, position_ids=position, logits_to_keep=1, use_cache=True)
+    for step in range(length):
+        tokens = draw(out.logits[:, -1].float() / temperature, generator).where(going, stop_id)
+        responses[rows, step] = tokens
+        going = going & ((tokens != stop_id) | (step < stop_after))
+        if step + 1 == length or not going.any():
+            break
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        position = position[:, -1:] + 1
+        if going.float().mean() < 0.8:  # below this, idle rows cost more than copying the cache without them
+            keep = going.nonzero().squeeze(1)
+            rows, tokens, going, mask, position = rows[keep], tokens[keep], going[keep], mask[keep], position[keep]
+            out.past_key_values.batch_select_indices(keep)
+        out = model(
+            input_ids=tokens.unsqueeze(1),
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+    return responses[:, : step + 1]
+
+
+def real_tokens(response_ids: Tensor, stop_id: int, stop_after: int = 0) -> tuple[Tensor, Tensor]:
+    """[B, R] -> mask [B, R], 1 up to and with the stop token, and terminated [B], whether there is one."""
+    stops = (response_ids == stop_id) & (torch.arange(response_ids.shape[1], device=response_ids.device) >= stop_after)
+    return ((stops.cumsum(1) - stops.long()) == 0).long(), stops.any(1)
+
+
+@torch.no_grad()
+def collect(
+    policy: PolicyWithValue,
+    reference,
+    query_ids: Tensor,
+    query_mask: Tensor,
+    *,
+    length: int,
+    temperature: float,
+    stop_id: int,
+    stop_after: int = 0,
+    forward_batch: int,
+    generator: torch.Generator,
+) -> Rollout:
+    """Sample responses to queries [B, Q], and read off what policy and reference say of each of their tokens.
+
+    The log-probabilities come from the forward pass of the update, not from the sampler: in low precision the two
+    differ, and the ratio would not start at 1.
+    """
+    parts = []
+    response_ids = sample(
+        policy.model,
+        query_ids,
+        query_mask,
+        length=length,
+        temperature=temperature,
+        stop_id=stop_id,
+        stop_after=stop_after,
+        generator=generator,
+    )
+    mask, terminated = real_tokens(response_ids, stop_id, stop_after)
+    ids, full_mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, mask], 1)
+    for rows in torch.arange(len(ids), device=ids.device).split(forward_batch):
+        logits, values = policy(ids[rows], full_mask[rows], mask.shape[1], temperature)
+        ref_logits, _ = response_logits(reference, ids[rows], full_mask[rows], mask.shape[1], temperature)
+        logp, ref_logp = log_softmax(logits, -1), log_softmax(ref_logits, -1)
+        chosen = response_ids[rows].unsqueeze(-1)
+        parts.append(
+            (
+                logp.gather(-1, chosen).squeeze(-1),
+                ref_logp.gather(-1, chosen).squeeze(-1),
+                (logp.exp() * (logp - ref_logp)).sum(-1),
+                -(logp.exp() * logp).sum(-1),
+                values,
+            )
+        )
+    per_token = (torch.cat(part) * mask for part in zip(*parts, strict=True))
+    return Rollout(query_ids, query_mask, response_ids, mask, terminated, *per_token)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x [B, R] over real tokens."""
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """x [B, R] scaled to variance 1 over real tokens (the biased variance, as [3]), and to mean 0 if `shift_mean`."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    white = (x - mean) * (variance + 1e-8).rsqrt()
+    return (white if shift_mean else white + mean) * mask
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Rewards [B, R]: -kl_coef * kl at every token, plus the score [B] on the last real one ([1], equation 2).
+
+    kl [B, R] is log policy - log reference of the sampled token as in [3], or the exact KL at that token.
+    """
+    last = mask.sum(1) - 1
+    rewards = -kl_coef * kl * mask
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    return rewards
+
+
+def advantages_and_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, discount: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation ([5], equation 16), [B, R] each; an episode ends with its last real token.
+
+    delta_t = r_t + discount * V_{t+1} - V_t;  A_t = delta_t + discount * gae_lambda * A_{t+1};  return_t = A_t + V_t
+    """
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(rewards)
+    advantage = next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        advantage = (delta + discount * gae_lambda * advantage) * mask[:, t]
+        advantages[:, t], next_value = advantage, values[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate loss ([4], equation 7) and the probability ratio, [B, R] each."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantages * ratio, -advantages * clipped), ratio
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """Half the squared error, clipped around the rollout's values as in [3], and where the clip binds, [B, R] each."""
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    return 0.5 * torch.maximum(error, clipped_error), clipped_error > error
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over real tokens: 1 is a perfect critic, 0 one that knows nothing."""
+
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    return (1 - variance(returns - values) / variance(returns)).item()
+
+
+def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episodes: int) -> float:
+    """The adaptive coefficient ([1], section 2.2): kl and target in nats per response, horizon in episodes."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)
+
+
+def make_optimizer(policy: nn.Module, lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(policy.parameters(), lr=lr, eps=ADAM_EPS, betas=ADAM_BETAS)
+
+
+ADAM_EPS, ADAM_BETAS = 1e-5, (0.9, 0.999)
+
+
+def optimizer_step(optimizer: torch.optim.Adam, step: int) -> None:
+    """Step number `step` (from 1) of Adam as TensorFlow defines it, which [3] used.
+
+    TensorFlow adds eps before the second moment's bias is corrected, PyTorch after; eps / sqrt(1 - beta2^step) makes
+    PyTorch's Adam the same. Early steps are several times smaller that way.
+    """
+    for group in optimizer.param_groups:
+        group["eps"] = ADAM_EPS / math.sqrt(1 - ADAM_BETAS[1] ** step)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def update(
+    policy: PolicyWithValue,
+    optimizer: torch.optim.Adam,
+    rollout: Rollout,
+    advantages: Tensor,
+    returns: Tensor,
+    *,
+    epochs: int,
+    minibatches: int,
+    clip_range: float,
+    value_clip_range: float,
+    value_coef: float,
+    temperature: float,
+    forward_batch: int,
+    steps_done: int,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """One PPO update: `epochs` passes over the rollout in shuffled minibatches. Returns means over all of them.
+
+    A minibatch goes through the model in slices of `forward_batch` rows whose gradients add up to its own.
+    """
+    ids = torch.cat([rollout.query_ids, rollout.response_ids], 1)
+    mask = rollout.response_mask
+    full_mask = torch.cat([rollout.query_mask, mask], 1)
+    sums, first, step = {}, None, steps_done
+    for _ in range(epochs):
+        order = torch.randperm(len(ids), generator=generator, device=ids.device)
+        for minibatch in order.chunk(minibatches):
+            tokens = mask[minibatch].sum()
+            for rows in minibatch.split(forward_batch):
+                real = mask[rows]
+                logits, values = policy(ids[rows], full_mask[rows], real.shape[1], temperature)
+                logprobs = token_logprobs(logits, rollout.response_ids[rows])
+                old_logprobs = rollout.logprobs[rows]
+                policy_losses, ratio = policy_loss(logprobs, old_logprobs, advantages[rows], clip_range)
+                value_losses, value_clipped = value_loss(values, rollout.values[rows], returns[rows], value_clip_range)
+                loss = ((policy_losses + value_coef * value_losses) * real).sum() / tokens
+                loss.backward()
+                with torch.no_grad():
+                    if first is None:
+                        first = ((ratio - 1).abs() * real).max().item()
+                    for name, x in {
+                        "policy_loss": policy_losses,
+                        "value_loss": value_losses,
+                        "approx_kl": 0.5 * (logprobs - old_logprobs) ** 2,
+                        "clip_fraction": (ratio - 1).abs() > clip_range,
+                        "value_clip_fraction": value_clipped,
+                    }.items():
+                        sums[name] = sums.get(name, 0.0) + (x * real).sum() / tokens
+            step += 1
+            optimizer_step(optimizer, step)
+    means = {name: (total / (epochs * minibatches)).item() for name, total in sums.items()}
+    return means | {"ratio_deviation_first": first}

@@ -1,0 +1,127 @@
+"""The supervised training loop of train_cls.py and train_nlg.py."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from common import UserError, autocast
+
+
+def encode(tokenizer, texts: list[str], max_length: int, end: bool = False) -> list[list[int]]:
+    """Token ids of every text, cut to `max_length`; with `end`, an end-of-text token closes those that lack one."""
+    rows = tokenizer(texts)["input_ids"]
+    stop = tokenizer.eos_token_id
+    rows = [row + [stop] if end and row[-1:] != [stop] else row for row in rows]
+    return [row[:max_length] for row in rows]
+
+
+def pad(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows padded on the right: ids and mask, [B, T] each."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
+def lm_loss(model, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-likelihood of every token after the first, in nats a token, of texts [B, T]."""
+    real = mask[:, 1:].bool()
+    hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
+    return cross_entropy(model.get_output_embeddings()(hidden[real]).float(), ids[:, 1:][real])
+
+
+def make_optimizers(model: nn.Module, lr: float, scratch: bool) -> list[torch.optim.Optimizer]:
+    """AdamW; for the matrices inside the blocks of a model from scratch, Muon.
+
+    Whether an act is right depends on two things together, and a small new model stays at chance for several passes
+    over the data before it sees that; with Muon it takes about one.
+    """
+    inside = [p for n, p in model.named_parameters() if scratch and p.ndim == 2 and ".h." in n]
+    others = [p for p in model.parameters() if not any(p is q for q in inside)]
+    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    if not inside:
+        return [adamw]
+    return [torch.optim.Muon(inside, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw]
+
+
+def shuffled_batches(lengths: list[int], batch_size: int, order: np.random.Generator) -> list[np.ndarray]:
+    """Row numbers in random batches of rows of similar length, so that little of a batch is padding."""
+    rows = order.permutation(len(lengths))
+    pools = np.array_split(rows, max(1, len(rows) // (8 * batch_size)))
+    rows = np.concatenate([sorted(pool, key=lambda row: lengths[row]) for pool in pools])
+    batches = np.array_split(rows, -(-len(rows) // batch_size))
+    return [batches[i] for i in order.permutation(len(batches))]
+
+
+def fit(
+    model: nn.Module,
+    lengths: list[int],
+    loss_of: Callable[[np.ndarray], Tensor],
+    validate: Callable[[], dict[str, float]],
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    scratch: bool,
+    device: torch.device,
+    seed: int,
+    label: str,
+) -> list[dict[str, float]]:
+    """Train `model` on batches of row numbers, given every row's length; returns what `validate` said after every epoch.
+
+    The learning rate rises over the first twentieth of the steps and falls to 0. At the end the model holds the
+    weights of the epoch with the lowest "loss".
+    """
+    optimizers = make_optimizers(model, lr, scratch)
+    per_epoch = -(-len(lengths) // batch_size)
+    steps = epochs * per_epoch
+
+    def scale(step: int) -> float:
+        return min((step + 1) / (0.05 * steps + 1), 1 - step / steps)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
+    order = np.random.default_rng(seed)
+    history, best = [], None
+    with tqdm(total=steps, desc=label, unit="step", dynamic_ncols=True) as bar:
+        for epoch in range(1, epochs + 1):
+            model.train()
+            total = 0.0
+            for count, batch in enumerate(shuffled_batches(lengths, batch_size, order), 1):
+                with autocast(device):
+                    loss = loss_of(batch)
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                total += loss.item()
+                bar.set_postfix_str(f"epoch {epoch}/{epochs}, loss {total / count:.3f}", refresh=False)
+                bar.update()
+            model.eval()
+            history.append({"epoch": epoch, "train_loss": total / per_epoch} | validate())
+            bar.write(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
+            if best is None or history[-1]["loss"] < best[0]:
+                best = history[-1]["loss"], copy.deepcopy(model.state_dict())
+    if not np.isfinite(best[0]):
+        raise UserError(f"{label}: the loss is not finite; lower --lr")
+    model.load_state_dict(best[1])
+    return history
+
+
+@torch.no_grad()
+def perplexity(model, rows: list[list[int]], pad_id: int, device: torch.device, batch: int = 256) -> dict[str, float]:
+    """Of texts given as token ids: "loss" in nats a token, and its exponential."""
+    total = count = 0.0
+    for start in range(0, len(rows), batch):
+        ids, mask = pad(rows[start : start + batch], pad_id, device)
+        predicted = mask[:, 1:].sum().item()
+        with autocast(device):
+            total += lm_loss(model, ids, mask).item() * predicted
+        count += predicted
+    return {"loss": total / count, "perplexity": float(np.exp(total / count))}

@@ -1,0 +1,176 @@
+"""Fit the ethics classifier, which becomes the reward model.
+
+    python train_cls.py                                     # the shipped data, a small GPT-2 from scratch
+    python train_cls.py --model roberta-base --lr 2e-5 --epochs 3 --batch-size 32 \\
+        --data ethics.csv --text-column input --positive-label 0
+
+Data: columns text,label with 1 = positive feedback (ethical). Writes --out with the weights that did best on the
+validation rows, the tokenizer, a model card and metrics.json.
+"""
+
+import argparse
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn import metrics as sk
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2ForSequenceClassification
+
+import common
+import data
+import model_io
+import supervised
+from common import UserError
+
+LABELS = {0: "negative", 1: "positive"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common.Parser(__doc__)
+    source = common.add_data_flags(parser, default="data_cls")
+    source.add_argument("--label-column", default="label", help="column of the label")
+    source.add_argument(
+        "--positive-label", help="the label that means positive feedback (default: 1, with 0 the other)"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="scratch", help="scratch (a small GPT-2), a folder or a hub name")
+    model.add_argument("--out", default="models/cls", help="folder to write")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=common.COUNT, default=4, help="passes over the labelled texts")
+    training.add_argument(
+        "--lm-epochs",
+        type=common.number(int, 0),
+        help="passes of language modelling before (default: 2 for scratch, otherwise 0); "
+        "a small new model learns nothing of ethics from labels alone",
+    )
+    training.add_argument("--batch-size", type=common.COUNT, default=128, help="texts per step")
+    training.add_argument("--lr", type=common.POSITIVE, default=1e-3, help="peak learning rate")
+    training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
+    common.add_machine_flags(parser)
+    return parser.parse_args()
+
+
+def labelled(rows, args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
+    """Texts and labels, 1 = positive."""
+    if args.label_column not in rows.column_names:
+        columns = ", ".join(rows.column_names)
+        raise UserError(f"the data has no column {args.label_column!r}, only {columns}; name it with --label-column")
+    texts = data.texts_of(rows, args.text_column)
+    values = [str(value).strip() for value in rows[args.label_column]]
+    if len(texts) != len(values):
+        raise UserError("a labelled row has one text: give --text-column one name")
+    kinds = sorted(set(values))
+    positive = args.positive_label or "1"
+    if args.positive_label is None and (strange := [kind for kind in kinds if kind not in ("0", "1")]):
+        row = values.index(strange[0]) + 1
+        raise UserError(
+            f"row {row}: label {strange[0]!r} is neither 0 nor 1; say what is positive with --positive-label"
+        )
+    if len(kinds) != 2 or positive not in kinds:
+        raise UserError(f"two kinds of label are needed, {positive!r} and another; the data has {', '.join(kinds)}")
+    return texts, np.array([value == positive for value in values], dtype=np.float32)
+
+
+def measure(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """How well log-odds [N] predict labels [N]; the calibration error compares ten bins of equal width."""
+    probability, said = 1 / (1 + np.exp(-scores)), scores > 0
+    bins = np.minimum((probability * 10).astype(int), 9)
+    gaps = [(bins == b).mean() * abs(probability[bins == b].mean() - labels[bins == b].mean()) for b in set(bins)]
+    return {
+        "accuracy": sk.accuracy_score(labels, said),
+        "f1": sk.f1_score(labels, said),
+        "roc_auc": sk.roc_auc_score(labels, scores),
+        "brier": sk.brier_score_loss(labels, probability),
+        "calibration_error": float(sum(gaps)),
+        "rows": len(labels),
+    }
+
+
+def load_model(args: argparse.Namespace, texts: list[str]):
+    """The classifier before training, and its tokenizer."""
+    labels = {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
+    if args.model != "scratch":
+        return model_io.load_pretrained(
+            AutoModelForSequenceClassification, args.model, "--model", num_labels=2, **labels
+        )
+    tokenizer = model_io.scratch_tokenizer(texts)
+    config = model_io.scratch_config(tokenizer)
+    config.update({"num_labels": 2, **labels})
+    return GPT2ForSequenceClassification(config), tokenizer
+
+
+def main() -> None:
+    args = parse_args()
+    device = common.set_up(args)
+    scratch = args.model == "scratch"
+
+    # data
+    splits = {name: labelled(rows, args) for name, rows in data.load_splits(args.data, args.data_config).items()}
+    texts, labels = splits["train"]
+    if "valid" in splits:
+        train, valid = np.arange(len(texts)), splits["valid"]
+    else:
+        train, held_out = data.split_off(len(texts), 0.1, args.seed)
+        valid = [texts[i] for i in held_out], labels[held_out]
+    texts, labels = [texts[i] for i in train], torch.tensor(labels[train], device=device)
+
+    # model
+    model, tokenizer = load_model(args, texts)
+    model.to(device)
+    ids = supervised.encode(tokenizer, texts, args.max_length)
+    shared = {"batch_size": args.batch_size, "lr": args.lr, "scratch": scratch, "device": device, "seed": args.seed}
+
+    # language modelling first, on the classifier's own body
+    lm_epochs = args.lm_epochs if args.lm_epochs is not None else 2 * scratch
+    if lm_epochs:
+        generator = AutoModelForCausalLM.from_config(model.config).to(device)
+        setattr(generator, generator.base_model_prefix, model.base_model)
+        generator.tie_weights()
+
+        def lm_loss(batch: np.ndarray) -> torch.Tensor:
+            return supervised.lm_loss(
+                generator, *supervised.pad([ids[i] for i in batch], tokenizer.pad_token_id, device)
+            )
+
+        valid_ids = supervised.encode(tokenizer, valid[0], args.max_length)
+        supervised.fit(
+            generator,
+            [len(row) for row in ids],
+            lm_loss,
+            lambda: supervised.perplexity(generator, valid_ids, tokenizer.pad_token_id, device),
+            epochs=lm_epochs,
+            label="language modelling",
+            **shared,
+        )
+
+    # labels
+    def loss(batch: np.ndarray) -> torch.Tensor:
+        inputs, mask = supervised.pad([ids[i] for i in batch], tokenizer.pad_token_id, device)
+        logits = model(input_ids=inputs, attention_mask=mask).logits.float()
+        return cross_entropy(logits, labels[batch].long())
+
+    def validate() -> dict[str, float]:
+        scores = model_io.log_odds(model, tokenizer, valid[0], device)
+        log_loss = float(np.logaddexp(0, np.where(valid[1] == 1, -scores, scores)).mean())
+        return {"loss": log_loss, "accuracy": sk.accuracy_score(valid[1], scores > 0)}
+
+    history = supervised.fit(
+        model, [len(row) for row in ids], loss, validate, epochs=args.epochs, label="classifier", **shared
+    )
+
+    # report
+    report = {"valid": valid} | {name: split for name, split in splits.items() if name not in ("train", "valid")}
+    found = {
+        name: measure(model_io.log_odds(model, tokenizer, split[0], device), split[1]) for name, split in report.items()
+    }
+    table = pd.DataFrame(found).T
+    print(table.to_string(float_format="%.4f"))
+    record = {"results": found, "history": history, "settings": vars(args)} | common.provenance(device)
+    card = model_io.card("An ethics classifier", "text-classification", args.data, record, table)
+    model_io.save_folder(args.out, model, tokenizer, card, record)
+    print(f"saved to {args.out}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,108 @@
+"""Fit the generator, which becomes the reference policy.
+
+    python train_nlg.py                                     # the shipped texts, a small GPT-2 from scratch
+    python train_nlg.py --model gpt2 --lr 5e-5 --epochs 3 --batch-size 16 --data stories.jsonl --text-column story
+
+Data: one unlabelled text a line. Writes --out with the weights that did best on the validation texts, the
+tokenizer, a model card and metrics.json.
+"""
+
+import argparse
+
+import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+import common
+import data
+import model_io
+import supervised
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common.Parser(__doc__)
+    source = common.add_data_flags(parser, default="data_nlg")
+    common.add_gold_flag(source)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="scratch", help="scratch (a small GPT-2), a folder or a hub name")
+    model.add_argument("--out", default="models/nlg", help="folder to write")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=common.COUNT, default=3, help="passes over the training texts")
+    training.add_argument("--batch-size", type=common.COUNT, default=64, help="texts per step")
+    training.add_argument("--lr", type=common.POSITIVE, default=3e-3, help="peak learning rate")
+    training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
+    sampling = parser.add_argument_group("samples for the report")
+    sampling.add_argument("--samples", type=common.COUNT, default=1024, help="how many to write and judge")
+    common.add_sampling_flags(sampling)
+    common.add_machine_flags(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    device = common.set_up(args)
+    scratch = args.model == "scratch"
+
+    # data
+    texts = data.nlg_texts(args)
+    queries = data.split_queries(texts["valid"])[0]
+
+    # model
+    if scratch:
+        tokenizer = model_io.scratch_tokenizer(texts["train"])
+        model = GPT2LMHeadModel(model_io.scratch_config(tokenizer))
+    else:
+        model, tokenizer = model_io.load_pretrained(AutoModelForCausalLM, args.model, "--model")
+    model.to(device)
+
+    # training
+    ids = {name: supervised.encode(tokenizer, texts[name], args.max_length, end=True) for name in ("train", "valid")}
+    history = supervised.fit(
+        model,
+        [len(row) for row in ids["train"]],
+        lambda batch: supervised.lm_loss(
+            model, *supervised.pad([ids["train"][i] for i in batch], tokenizer.pad_token_id, device)
+        ),
+        lambda: supervised.perplexity(model, ids["valid"], tokenizer.pad_token_id, device),
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        scratch=scratch,
+        device=device,
+        seed=args.seed,
+        label="generator",
+    )
+
+    # report
+    judge = model_io.gold_judge(args.gold, texts["valid"])
+    queries = (queries * -(-args.samples // len(queries)))[: args.samples]
+    found = {"valid_perplexity": min(row["perplexity"] for row in history)}
+    for temperature in sorted({args.temperature, 1.0}):
+        samples = model_io.continuations(
+            model,
+            tokenizer,
+            queries,
+            args.query_length,
+            length=args.response_length,
+            temperature=temperature,
+            stop_id=tokenizer.eos_token_id,
+            generator=torch.Generator(device).manual_seed(args.seed),
+        )
+        shares = model_io.gold_shares(judge, samples)
+        found |= {f"{name}_at_{temperature:g}": share for name, share in shares.items()}
+        print(f"\nsamples at temperature {temperature:g}")
+        for text in samples[:5]:
+            print("  " + text)
+    table = pd.Series(found, name="value").to_frame()
+    print("\n" + table.to_string(float_format="%.4f"))
+    record = {"results": found, "history": history, "settings": vars(args)} | common.provenance(device)
+    card = model_io.card("A generator", "text-generation", args.data, record, table)
+    model.generation_config = model_io.plain_sampling(
+        tokenizer, args.temperature, args.response_length, tokenizer.eos_token_id
+    )
+    model_io.save_folder(args.out, model, tokenizer, card, record)
+    print(f"saved to {args.out}")
+
+
+if __name__ == "__main__":
+    common.run(main)
