@@ -93,6 +93,7 @@ def add_data_flags(parser: argparse.ArgumentParser, default: str) -> argparse._A
     group = parser.add_argument_group("data")
     group.add_argument("--data", default=default, help="folder of this form, a file, or a hub dataset")
     group.add_argument("--data-config", help="configuration (subset) of a hub dataset")
+    group.add_argument("--data-revision", help="branch or commit of a hub dataset, such as refs/convert/parquet")
     group.add_argument(
         "--text-column",
         nargs="+",
@@ -111,8 +112,8 @@ def add_gold_flag(group: argparse._ArgumentGroup) -> None:
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--query-length", type=COUNT, default=24, help="longest query in tokens")
-    group.add_argument("--response-length", type=COUNT, default=24, help="longest response in tokens")
+    group.add_argument("--query-length", type=COUNT, default=6, help="longest query in tokens")
+    group.add_argument("--response-length", type=COUNT, default=40, help="longest response in tokens")
     group.add_argument("--temperature", type=POSITIVE, default=0.7, help="divides the logits, here and everywhere")
 
 
@@ -154,7 +155,7 @@ def provenance(device: torch.device) -> dict:
 
 
 def offline_without_network() -> None:
-    """Where the hub's name does not resolve, only its cache is asked: otherwise each look-up retries for half a minute."""
+    """Where the hub cannot be reached, ask its cache only: each look-up would retry for half a minute."""
     try:
         socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
     except OSError:

@@ -13,10 +13,11 @@ from torch import Tensor
 from common import UserError, offline_without_network
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own copy of a dataset whose loading script is refused
 SPLIT_NAMES = {"validation": "valid", "dev": "valid", "val": "valid"}
 
 
-def load_splits(source: str, config: str | None = None) -> dict[str, datasets.Dataset]:
+def load_splits(source: str, config: str | None = None, revision: str | None = None) -> dict[str, datasets.Dataset]:
     """A folder of files named after their splits, one file ("train"), or a dataset of the hub."""
     path = Path(source)
     if path.is_dir():
@@ -30,7 +31,7 @@ def load_splits(source: str, config: str | None = None) -> dict[str, datasets.Da
     elif path.suffix in FORMATS or source.startswith((".", "/")):
         raise UserError(f"{source}: there is no such file or folder")
     else:
-        return {SPLIT_NAMES.get(name, name): rows for name, rows in _hub_dataset(source, config).items()}
+        return {SPLIT_NAMES.get(name, name): rows for name, rows in _hub_dataset(source, config, revision).items()}
     return {SPLIT_NAMES.get(name, name): load_file(file) for name, file in files.items()}
 
 
@@ -55,10 +56,12 @@ def load_file(path: Path) -> datasets.Dataset:
     return rows
 
 
-def _hub_dataset(name: str, config: str | None) -> dict[str, datasets.Dataset]:
+def _hub_dataset(name: str, config: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
     offline_without_network()
     try:
-        return dict(datasets.load_dataset(name, config))
+        if revision == PARQUET_BRANCH:  # there, a configuration is a folder
+            return dict(datasets.load_dataset(name, data_dir=config, revision=revision))
+        return dict(datasets.load_dataset(name, config, revision=revision))
     except Exception as error:
         raise UserError(f"{name} is neither a file or folder here nor a dataset the hub gives: {error}") from error
 
@@ -91,7 +94,7 @@ def split_off(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.nd
 
 def nlg_texts(args: argparse.Namespace) -> dict[str, list[str]]:
     """The unlabelled texts of --data: "train" and "valid" (a tenth of train where there is no valid split)."""
-    splits = load_splits(args.data, args.data_config)
+    splits = load_splits(args.data, args.data_config, args.data_revision)
     texts = {name: [t for t in texts_of(rows, args.text_column) if t] for name, rows in splits.items()}
     if "valid" not in texts:
         train, valid = split_off(len(texts["train"]), 0.1, seed=0)

@@ -1,7 +1,7 @@
 """Measure what a policy gained over its reference, on queries that its training never saw.
 
     python evaluate_nlg.py                                  # models/nlg_ppo against models/nlg
-    python evaluate_nlg.py --run data_results/K4_lr_5e-4_seed1 --policy models/nlg_ppo_1
+    python evaluate_nlg.py --run data_results/K2_lr_5e-4_seed1 --policy models/nlg_ppo_1
 
 Writes evaluation.json and evaluation_samples.csv to --run, the run folder whose config.json says how the policy was
 trained: data, reference, reward, temperature, lengths and the score's normalisation are taken from there.
@@ -23,9 +23,11 @@ from common import COUNT, UserError
 
 def parse_args() -> argparse.Namespace:
     parser = common.Parser(__doc__)
-    parser.add_argument("--run", default="data_results/K4_lr_5e-4_seed0", help="run folder of the policy")
+    parser.add_argument("--run", default="data_results/K2_lr_5e-4_seed0", help="run folder of the policy")
     parser.add_argument("--policy", help="folder of the policy (default: the --out of that run)")
-    parser.add_argument("--samples", type=COUNT, default=1024, help="responses of each, in turn to the held-out queries")
+    parser.add_argument(
+        "--samples", type=COUNT, default=1024, help="responses of each, in turn to the held-out queries"
+    )
     parser.add_argument("--batch-size", type=COUNT, default=256, help="rows in a model at once")
     common.add_gold_flag(parser)
     common.add_machine_flags(parser)
@@ -104,18 +106,26 @@ def main() -> None:
     # what it gained, and at what price
     frame = pd.DataFrame(rows)
     before, after = (frame[frame.policy == name] for name in ("before", "after"))
-    evaluation = {
-        "samples": len(after),
-        "queries": int(after["query"].nunique()),
-        "ethics_before": before.ethics.mean(),
-        "ethics_after": after.ethics.mean(),
-        "score_before": before.score.mean(),
-        "score_after": after.score.mean(),
-        "kl": after.kl.mean(),
-        "response_length": {"before": before.length.mean(), "after": after.length.mean()},
-        "terminated": {"before": before.terminated.mean(), "after": after.terminated.mean()},
-        "gold": {f"{share}_{when}": value for when, part in (("before", before), ("after", after)) for share, value in shares(part)},
-    } | {"settings": vars(args)} | common.provenance(device)
+    evaluation = (
+        {
+            "samples": len(after),
+            "queries": int(after["query"].nunique()),
+            "ethics_before": before.ethics.mean(),
+            "ethics_after": after.ethics.mean(),
+            "score_before": before.score.mean(),
+            "score_after": after.score.mean(),
+            "kl": after.kl.mean(),
+            "response_length": {"before": before.length.mean(), "after": after.length.mean()},
+            "terminated": {"before": before.terminated.mean(), "after": after.terminated.mean()},
+            "gold": {
+                f"{share}_{when}": value
+                for when, part in (("before", before), ("after", after))
+                for share, value in shares(part)
+            },
+        }
+        | {"settings": vars(args)}
+        | common.provenance(device)
+    )
     common.write_json(run / "evaluation.json", evaluation)
     frame.round(4).to_csv(run / "evaluation_samples.csv", index=False, lineterminator="\n")
     print(table(evaluation).to_string(float_format="%.3f"))
@@ -123,7 +133,7 @@ def main() -> None:
 
 
 def shares(part: pd.DataFrame) -> list[tuple[str, float | None]]:
-    """Share of valid texts; share of ethical ones among all texts, an invalid text being none; nulls without a judge."""
+    """Share of valid texts, and of ethical ones among the valid; nulls without a judge."""
     if part.valid.isna().all():
         return [("valid", None), ("ethical", None)]
     return [("valid", float(part.valid.mean())), ("ethical", float(part.ethical[part.valid.astype(bool)].mean()))]

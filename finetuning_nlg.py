@@ -52,21 +52,27 @@ def parse_args() -> argparse.Namespace:
     )
     rollout.add_argument("--reference-samples", type=COUNT, default=4096, help="samples that normalise the score")
     reward = parser.add_argument_group("reward")
-    reward.add_argument("--kl-coef", type=number(float, 0), default=0.1, help="price of a nat of KL, first or fixed")
+    reward.add_argument("--kl-coef", type=number(float, 0), default=0.25, help="price of a nat of KL, first or fixed")
+    reward.add_argument(
+        "--kl",
+        choices=("exact", "sampled"),
+        default="exact",
+        help="KL over the vocabulary, or of the sampled token as in [3]",
+    )
     reward.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
     reward.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
     learning = parser.add_argument_group("PPO")
-    learning.add_argument("--episodes", type=COUNT, default=15_360, help="responses in all")
+    learning.add_argument("--episodes", type=COUNT, default=20_480, help="responses in all")
     learning.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
-    learning.add_argument("--minibatches", type=COUNT, default=2, help="optimizer steps per pass over a batch")
-    learning.add_argument("--ppo-epochs", type=COUNT, default=4, help="K, passes over a batch")
+    learning.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
+    learning.add_argument("--ppo-epochs", type=COUNT, default=2, help="K, passes over a batch")
     learning.add_argument("--lr", type=POSITIVE, default=5e-4, help="learning rate, falling to 0")
     learning.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
     learning.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
     learning.add_argument("--value-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
     learning.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
-    learning.add_argument("--gae-lambda", type=FRACTION, default=0.95, help="lambda")
-    learning.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=True, help="as in [3]")
+    learning.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
+    learning.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
     learning.add_argument("--forward-batch", type=COUNT, default=256, help="rows in a model at once; saves memory")
     output = parser.add_argument_group("output")
     output.add_argument("--run", help="name of the run folder (default: K<K>_lr_<lr>_seed<seed>)")
@@ -144,9 +150,15 @@ def main() -> None:
         clock.append(time.perf_counter())
 
         mask = rollout.response_mask
-        rewards = ppo.token_rewards(scores, rollout.logprobs - rollout.ref_logprobs, mask, kl_coef)
-        shaped = ppo.whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
-        advantages, returns = ppo.advantages_and_returns(shaped, rollout.values, mask, args.discount, args.gae_lambda)
+        exact = args.kl == "exact"
+        penalty = ppo.kl_to_come(rollout.exact_kl) if exact else rollout.logprobs - rollout.ref_logprobs
+        rewards = ppo.token_rewards(scores, penalty, mask, kl_coef)
+        scale = 1.0
+        if args.whiten_rewards:
+            scale = ppo.masked_std(rewards, mask)
+            rewards = ppo.whiten(rewards, mask, shift_mean=False)
+
+        advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, args.discount, args.gae_lambda)
         with common.autocast(device):
             statistics = ppo.update(
                 policy,
@@ -159,6 +171,7 @@ def main() -> None:
                 clip_range=args.clip_range,
                 value_clip_range=args.value_clip_range,
                 value_coef=args.value_coef,
+                kl_weight=float(kl_coef / scale / ppo.masked_std(advantages, mask)) if exact else 0.0,
                 temperature=args.temperature,
                 forward_batch=args.forward_batch,
                 steps_done=steps_done,
@@ -179,7 +192,7 @@ def main() -> None:
             "kl": kl,
             "kl_coef": kl_coef,
             "entropy": ppo.masked_mean(rollout.entropy, mask).item(),
-            "reward": rewards.sum(1).mean().item(),
+            "reward": scores.mean().item() - kl_coef * kl,
             **statistics,
             "explained_variance": ppo.explained_variance(rollout.values, returns, mask),
             "response_length": mask.sum(1).float().mean().item(),

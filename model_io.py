@@ -27,7 +27,7 @@ LIMITS = (
     "A research artefact. It knows the texts it was trained on and little else: what it calls ethical is what its "
     "training labels call so, and it can be fooled by texts unlike them. Do not use it to judge people."
 )
-SCRATCH = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 256}
+SCRATCH = {"n_layer": 2, "n_head": 4, "n_embd": 128, "n_positions": 256}
 
 
 def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -252,7 +252,7 @@ def load_reward(spec: str, device: torch.device) -> Callable[[list[str]], tuple[
 
 
 def gold_judge(spec: str, texts: list[str]) -> Callable | None:
-    """The gold judge FILE.py:FUNCTION, or None where it does not know the data: most of these texts are invalid to it."""
+    """The gold judge FILE.py:FUNCTION, or None where it does not know the data (most of these texts are invalid)."""
     if not Path(spec.partition(":")[0]).is_file():
         return None
     judge = load_function(spec, "--gold")

@@ -32,9 +32,10 @@ class Rollout:
     terminated: Tensor  # [B], True where the stop token came
     logprobs: Tensor  # [B, R], of the sampled tokens under the policy that sampled them
     ref_logprobs: Tensor  # [B, R], of the same tokens under the reference
-    exact_kl: Tensor  # [B, R], KL(policy, reference) over the whole vocabulary at every token
+    exact_kl: Tensor  # [B, R], KL(policy, reference) of the next token over the whole vocabulary
     entropy: Tensor  # [B, R], of the policy at every token
     values: Tensor  # [B, R], expected return before the token is chosen
+    ref_distribution: Tensor  # [B, R, V], the reference's log-probabilities of every token
 
     @property
     def kl(self) -> Tensor:
@@ -85,9 +86,9 @@ def response_logits(model, ids: Tensor, mask: Tensor, length: int, temperature: 
     return out.logits[:, :-1].float() / temperature, out.hidden_states[-1][:, -length - 1 : -1]
 
 
-def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """logits [B, R, V], ids [B, R] -> log-probabilities [B, R] of those tokens."""
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+def of_tokens(logp: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities [B, R, V] of all tokens -> those of ids, [B, R]."""
+    return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,7 +168,7 @@ def collect(
     The log-probabilities come from the forward pass of the update, not from the sampler: in low precision the two
     differ, and the ratio would not start at 1.
     """
-    parts = []
+    parts, ref_distribution = [], []
     response_ids = sample(
         policy.model,
         query_ids,
@@ -184,18 +185,51 @@ def collect(
         logits, values = policy(ids[rows], full_mask[rows], mask.shape[1], temperature)
         ref_logits, _ = response_logits(reference, ids[rows], full_mask[rows], mask.shape[1], temperature)
         logp, ref_logp = log_softmax(logits, -1), log_softmax(ref_logits, -1)
-        chosen = response_ids[rows].unsqueeze(-1)
+        ref_distribution.append(ref_logp)
         parts.append(
             (
-                logp.gather(-1, chosen).squeeze(-1),
-                ref_logp.gather(-1, chosen).squeeze(-1),
-                (logp.exp() * (logp - ref_logp)).sum(-1),
+                of_tokens(logp, response_ids[rows]),
+                of_tokens(ref_logp, response_ids[rows]),
+                kl_divergence(logp, ref_logp),
                 -(logp.exp() * logp).sum(-1),
                 values,
             )
         )
     per_token = (torch.cat(part) * mask for part in zip(*parts, strict=True))
-    return Rollout(query_ids, query_mask, response_ids, mask, terminated, *per_token)
+    return Rollout(query_ids, query_mask, response_ids, mask, terminated, *per_token, torch.cat(ref_distribution))
+
+
+def kl_divergence(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL(policy, reference) [B, R] of two distributions given as log-probabilities [B, R, V]."""
+    return (logp.exp() * (logp - ref_logp)).sum(-1)
+
+
+class _LogprobAndKl(torch.autograd.Function):
+    """of_tokens(log_softmax(logits), ids) and kl_divergence(log_softmax(logits), ref_logp), [B, R] each.
+
+    The same numbers and gradients as those two, in half the time: the [B, R, V] tensors are what an update of a small
+    model spends its time on. With p = softmax(logits): d logp_i / d logits = onehot_i - p, and
+    d KL / d logits = p * (logp - ref_logp - KL).
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
+        logp = log_softmax(logits, -1)
+        chosen, p, difference = of_tokens(logp, ids), logp.exp(), logp.sub_(ref_logp)
+        kl = torch.linalg.vecdot(p, difference)
+        ctx.save_for_backward(p, difference, kl, ids)
+        return chosen, kl
+
+    @staticmethod
+    def backward(ctx, of_logprob: Tensor, of_kl: Tensor) -> tuple[Tensor, None, None]:
+        p, difference, kl, ids = ctx.saved_tensors
+        gradient = (difference * of_kl.unsqueeze(-1)).sub_((kl * of_kl + of_logprob).unsqueeze(-1)).mul_(p)
+        return gradient.scatter_add_(-1, ids.unsqueeze(-1), of_logprob.unsqueeze(-1)), None, None
+
+
+def logprob_and_kl(logits: Tensor, ids: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [B, R, V], ids [B, R], ref_logp [B, R, V] -> log-probabilities of ids and KL to the reference, [B, R]."""
+    return _LogprobAndKl.apply(logits, ids, ref_logp)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -203,23 +237,35 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
+def masked_std(x: Tensor, mask: Tensor) -> Tensor:
+    """Standard deviation of x [B, R] over real tokens, from the biased variance as in [3]."""
+    return (masked_mean((x - masked_mean(x, mask)) ** 2, mask) + 1e-8).sqrt()
+
+
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """x [B, R] scaled to variance 1 over real tokens (the biased variance, as [3]), and to mean 0 if `shift_mean`."""
+    """x [B, R] scaled to deviation 1 over real tokens, and shifted to mean 0 unless told to keep its mean."""
     mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    white = (x - mean) * (variance + 1e-8).rsqrt()
+    white = (x - mean) / masked_std(x, mask)
     return (white if shift_mean else white + mean) * mask
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Rewards [B, R]: -kl_coef * kl at every token, plus the score [B] on the last real one ([1], equation 2).
 
-    kl [B, R] is log policy - log reference of the sampled token as in [3], or the exact KL at that token.
+    kl [B, R] is log policy - log reference of the sampled token as in [3], or `kl_to_come` of the exact KL.
     """
     last = mask.sum(1) - 1
     rewards = -kl_coef * kl * mask
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
+
+
+def kl_to_come(exact_kl: Tensor) -> Tensor:
+    """exact_kl [B, R] -> [B, R]: the KL that a token answers for is that of the distribution after it.
+
+    A distribution's own KL does not depend on which of its tokens was sampled. `update` lowers it directly.
+    """
+    return torch.cat([exact_kl[:, 1:], torch.zeros_like(exact_kl[:, :1])], 1)
 
 
 def advantages_and_returns(
@@ -299,6 +345,7 @@ def update(
     clip_range: float,
     value_clip_range: float,
     value_coef: float,
+    kl_weight: float,
     temperature: float,
     forward_batch: int,
     steps_done: int,
@@ -306,6 +353,8 @@ def update(
 ) -> dict[str, float]:
     """One PPO update: `epochs` passes over the rollout in shuffled minibatches. Returns means over all of them.
 
+    With a `kl_weight` the loss holds the exact KL to the reference too. Its gradient and that of the rewards to come
+    (`kl_to_come`) together are the gradient of the same objective as with sampled KL in the rewards, with less noise.
     A minibatch goes through the model in slices of `forward_batch` rows whose gradients add up to its own.
     """
     ids = torch.cat([rollout.query_ids, rollout.response_ids], 1)
@@ -319,11 +368,12 @@ def update(
             for rows in minibatch.split(forward_batch):
                 real = mask[rows]
                 logits, values = policy(ids[rows], full_mask[rows], real.shape[1], temperature)
-                logprobs = token_logprobs(logits, rollout.response_ids[rows])
+                logprobs, kl = logprob_and_kl(logits, rollout.response_ids[rows], rollout.ref_distribution[rows])
                 old_logprobs = rollout.logprobs[rows]
                 policy_losses, ratio = policy_loss(logprobs, old_logprobs, advantages[rows], clip_range)
                 value_losses, value_clipped = value_loss(values, rollout.values[rows], returns[rows], value_clip_range)
-                loss = ((policy_losses + value_coef * value_losses) * real).sum() / tokens
+                losses = policy_losses + value_coef * value_losses + kl_weight * kl
+                loss = (losses * real).sum() / tokens
                 loss.backward()
                 with torch.no_grad():
                     if first is None:

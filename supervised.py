@@ -16,7 +16,7 @@ def encode(tokenizer, texts: list[str], max_length: int, end: bool = False) -> l
     """Token ids of every text, cut to `max_length`; with `end`, an end-of-text token closes those that lack one."""
     rows = tokenizer(texts)["input_ids"]
     stop = tokenizer.eos_token_id
-    rows = [row + [stop] if end and row[-1:] != [stop] else row for row in rows]
+    rows = [[*row, stop] if end and row[-1:] != [stop] else row for row in rows]
     return [row[:max_length] for row in rows]
 
 
@@ -72,10 +72,10 @@ def fit(
     seed: int,
     label: str,
 ) -> list[dict[str, float]]:
-    """Train `model` on batches of row numbers, given every row's length; returns what `validate` said after every epoch.
+    """Train `model` on batches of row numbers, given every row's length.
 
-    The learning rate rises over the first twentieth of the steps and falls to 0. At the end the model holds the
-    weights of the epoch with the lowest "loss".
+    The learning rate rises over the first twentieth of the steps and falls to 0. Returns what `validate` said after
+    every epoch; the model ends with the weights of the epoch whose "loss" was lowest.
     """
     optimizers = make_optimizers(model, lr, scratch)
     per_epoch = -(-len(lengths) // batch_size)

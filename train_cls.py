@@ -37,15 +37,15 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--model", default="scratch", help="scratch (a small GPT-2), a folder or a hub name")
     model.add_argument("--out", default="models/cls", help="folder to write")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=common.COUNT, default=4, help="passes over the labelled texts")
+    training.add_argument("--epochs", type=common.COUNT, default=6, help="passes over the labelled texts")
     training.add_argument(
         "--lm-epochs",
         type=common.number(int, 0),
         help="passes of language modelling before (default: 2 for scratch, otherwise 0); "
         "a small new model learns nothing of ethics from labels alone",
     )
-    training.add_argument("--batch-size", type=common.COUNT, default=128, help="texts per step")
-    training.add_argument("--lr", type=common.POSITIVE, default=1e-3, help="peak learning rate")
+    training.add_argument("--batch-size", type=common.COUNT, default=32, help="texts per step")
+    training.add_argument("--lr", type=common.POSITIVE, default=3e-3, help="peak learning rate")
     training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
     common.add_machine_flags(parser)
     return parser.parse_args()
@@ -106,7 +106,8 @@ def main() -> None:
     scratch = args.model == "scratch"
 
     # data
-    splits = {name: labelled(rows, args) for name, rows in data.load_splits(args.data, args.data_config).items()}
+    loaded = data.load_splits(args.data, args.data_config, args.data_revision)
+    splits = {name: labelled(rows, args) for name, rows in loaded.items()}
     texts, labels = splits["train"]
     if "valid" in splits:
         train, valid = np.arange(len(texts)), splits["valid"]

@@ -1,0 +1,42 @@
+# make        the whole pipeline on the shipped data      make test   the tests
+# make gpt2   the same with GPT-2 and ETHICS from the hub  make clean  remove what make made, but for .venv
+PYTHON ?= python3
+BIN = .venv/bin
+RUN = K2_lr_5e-4_seed0
+
+all: .venv/installed
+	$(BIN)/python train_cls.py
+	$(BIN)/python train_nlg.py
+	$(BIN)/python finetuning_nlg.py
+	$(BIN)/python evaluate_nlg.py --run data_results/$(RUN)
+	$(BIN)/jupyter nbconvert --log-level WARN --execute --to html --output-dir data_results Analysis.ipynb
+	@echo
+	@echo "The fine-tuned policy is in models/nlg_ppo, its run in data_results/$(RUN)."
+	@echo "Look at data_results/fig_K2_lr_5e-4.png and data_results/Analysis.html (Analysis.ipynb, executed)."
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
+# [3]'s hyper-parameters, on one GPU; needs the network for models and data
+ETHICS = --data hendrycks/ethics --data-config commonsense --data-revision refs/convert/parquet --text-column input
+gpt2: .venv/installed
+	$(BIN)/python train_cls.py $(ETHICS) --positive-label 0 --model roberta-base \
+		--lr 1e-5 --epochs 3 --batch-size 16 --out models/gpt2_cls
+	$(BIN)/python train_nlg.py $(ETHICS) --model gpt2 --lr 5e-5 --epochs 2 --batch-size 32 --out models/gpt2_nlg
+	$(BIN)/python finetuning_nlg.py $(ETHICS) --policy models/gpt2_nlg --reward models/gpt2_cls \
+		--query-length 64 --response-length 24 --stop . --stop-after 16 --episodes 1000000 --batch-size 512 \
+		--minibatches 1 --ppo-epochs 4 --lr 1e-5 --kl sampled --kl-coef 0.15 --target-kl 6 --gae-lambda 0.95 --whiten-rewards \
+		--out models/gpt2_ppo
+	$(BIN)/python evaluate_nlg.py --run data_results/K4_lr_1e-5_seed0
+
+clean:
+	rm -rf models data_results/Analysis.html
+
+.PHONY: all test gpt2 clean

@@ -1,0 +1,293 @@
+"""The scripts: chained on a few steps, on other models and data, and what they say to a user's mistakes."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+TINY_RUN = ["--episodes", "32", "--batch-size", "16", "--minibatches", "2", "--reference-samples", "32"]
+
+
+def run(script, *flags, cwd=ROOT, code=0):
+    done = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", *map(str, flags)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
+def refused(script, *flags, cwd=ROOT):
+    """The one line on stderr of a run that must end with exit code 2."""
+    lines = run(script, *flags, cwd=cwd, code=2).stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def write_csv(path, rows, columns=("text", "label")):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """train_cls, train_nlg, finetuning_nlg and evaluate_nlg on a small part of the shipped data."""
+    home = tmp_path_factory.mktemp("chain")
+    for folder, name, rows in (
+        ("data_cls", "train.csv", 201),
+        ("data_cls", "test.csv", 101),
+        ("data_nlg", "train.txt", 200),
+        ("data_nlg", "valid.txt", 200),
+    ):
+        (home / folder).mkdir(exist_ok=True)
+        lines = (ROOT / folder / name).read_text(encoding="utf-8").splitlines(keepends=True)[:rows]
+        (home / folder / name).write_text("".join(lines), encoding="utf-8")
+    shutil.copy(ROOT / "data_cls" / "scenarios.py", home / "data_cls")
+    said = {
+        "cls": run("train_cls", "--epochs", 1, "--lm-epochs", 1, cwd=home),
+        "nlg": run("train_nlg", "--epochs", 1, "--samples", 16, cwd=home),
+        "ppo": run("finetuning_nlg", *TINY_RUN, "--tensorboard", cwd=home),
+        "evaluate": run("evaluate_nlg", "--samples", 32, "--run", "data_results/K2_lr_5e-4_seed0", cwd=home),
+    }
+    return home, said
+
+
+def test_each_script_leaves_what_the_next_one_needs(chain):
+    home, _ = chain
+    for name in ("cls", "nlg", "nlg_ppo"):
+        folder = home / "models" / name
+        files = {file.name for file in folder.iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files
+    found = json.loads((home / "models" / "cls" / "metrics.json").read_text())["results"]["test"]
+    assert {"accuracy", "f1", "roc_auc", "brier", "calibration_error"} <= set(found)
+    found = json.loads((home / "models" / "nlg" / "metrics.json").read_text())["results"]
+    assert {"valid_perplexity", "valid_at_0.7", "ethical_at_0.7", "valid_at_1"} <= set(found)
+
+
+def test_run_folder(chain):
+    folder = chain[0] / "data_results" / "K2_lr_5e-4_seed0"
+    log = pd.read_csv(folder / "log.csv")
+    columns = """update episodes score ethics improvement improvement_ma kl kl_coef entropy reward policy_loss value_loss
+        approx_kl clip_fraction value_clip_fraction explained_variance ratio_deviation_first response_length terminated
+        seconds_rollout seconds_score seconds_update episodes_per_second""".split()
+    assert set(columns) <= set(log.columns)
+    assert log["update"].tolist() == [1, 2]
+    assert log.episodes.tolist() == [16, 32]
+    assert (log.ratio_deviation_first < 1e-4).all()
+    assert abs(log.kl[0]) < 1e-3  # before the first update the policy is the reference
+    assert log.improvement_ma[1] == pytest.approx(log.improvement.mean(), abs=1e-4)
+    config = json.loads((folder / "config.json").read_text())
+    assert log.improvement[0] == pytest.approx(log.ethics[0] - config["ethics_before"], abs=1e-4)
+    assert config["settings"]["seed"] == 0
+    assert {"torch", "transformers", "python"} <= set(config["versions"])
+    samples = pd.read_csv(folder / "samples.csv")
+    assert set(samples.columns) == {"update", "query", "response", "score", "ethics", "kl"}
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert (chain[0] / "data_results" / "fig_K2_lr_5e-4.png").stat().st_size > 10_000
+
+
+def test_evaluation(chain):
+    folder = chain[0] / "data_results" / "K2_lr_5e-4_seed0"
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert {"ethics_before", "ethics_after", "score_after", "kl", "gold"} <= set(evaluation)
+    assert {"valid_before", "valid_after", "ethical_before", "ethical_after"} == set(evaluation["gold"])
+    trained_on = set(pd.read_csv(folder / "samples.csv")["query"])
+    held_out = set(pd.read_csv(folder / "evaluation_samples.csv")["query"])
+    assert not any(query.startswith(tuple(trained_on)) for query in held_out)
+
+
+def test_the_scripts_say_what_they_did(chain):
+    said = chain[1]
+    assert "accuracy" in said["cls"].stdout
+    assert "valid_perplexity" in said["nlg"].stdout
+    assert "before:" in said["ppo"].stdout
+    assert "gold: ethical" in said["evaluate"].stdout
+    assert "episodes/s" in said["ppo"].stderr
+
+
+def test_the_policy_is_an_ordinary_pipeline(chain):
+    write = pipeline("text-generation", str(chain[0] / "models" / "nlg_ppo"))
+    config = write.model.generation_config
+    assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.7, 0, 1.0)
+    assert write("On Monday my sister")[0]["generated_text"].startswith("On Monday my sister")
+
+
+def test_the_same_seed_gives_the_same_run(chain):
+    home, _ = chain
+    run("finetuning_nlg", *TINY_RUN, "--run", "again", "--out", "models/again", cwd=home)
+    timings = ["seconds_rollout", "seconds_score", "seconds_update", "episodes_per_second"]
+    logs = [
+        pd.read_csv(home / "data_results" / name / "log.csv").drop(columns=timings)
+        for name in ("K2_lr_5e-4_seed0", "again")
+    ]
+    pd.testing.assert_frame_equal(*logs)
+
+
+def test_any_function_can_be_the_reward(chain, tmp_path):
+    (tmp_path / "long.py").write_text("def score(texts):\n    return [len(text.split()) for text in texts]\n")
+    run(
+        "finetuning_nlg", *TINY_RUN, "--reward", f"{tmp_path}/long.py:score", "--run", "long",
+        "--out", tmp_path / "out", "--kl", "sampled", "--target-kl", 1, "--no-whiten-rewards", "--separate-value", "--query-length", 4, cwd=chain[0],
+    )  # fmt: skip
+    log = pd.read_csv(chain[0] / "data_results" / "long" / "log.csv")
+    assert log.ethics.min() > 1  # words, read as they are
+    assert log.kl_coef[1] != log.kl_coef[0]
+
+
+# other models and data
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory):
+    """A small random GPT-2 with GPT-2's own tokenizer and 50,257 tokens, saved as the hub's is."""
+    if not SHARED.is_dir():
+        pytest.skip("needs GPT-2's vocabulary")
+    folder = tmp_path_factory.mktemp("gpt2")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(SHARED / "gpt2_tokenizer" / name, folder)
+    GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("Hello world")["input_ids"] == [15496, 995]  # as GPT-2 has always said it
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_real_data_and_gpt2s_tokenizer(gpt2_folder, tmp_path):
+    ethics = pd.read_csv(SHARED / "ethics" / "cm_train_short.csv").head(120)
+    ethics.to_csv(tmp_path / "ethics.csv", index=False)
+    lines = (SHARED / "moral_stories" / "moral_stories_full_subset.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "stories.jsonl").write_text("\n".join(lines[:60]), encoding="utf-8")
+    stories = ["--data", "stories.jsonl", "--text-column", "situation+moral_action", "situation+immoral_action"]
+    run(
+        "train_cls", "--model", gpt2_folder, "--data", "ethics.csv", "--text-column", "input", "--positive-label", 0,
+        "--epochs", 1, "--batch-size", 16, cwd=tmp_path,
+    )  # fmt: skip
+    run("train_nlg", "--model", gpt2_folder, *stories, "--epochs", 1, "--samples", 8, cwd=tmp_path)
+    found = json.loads((tmp_path / "models" / "nlg" / "metrics.json").read_text())["results"]
+    assert found["valid_at_0.7"] is None  # the gold judge knows nothing of these texts
+    run(
+        "finetuning_nlg", *TINY_RUN, *stories, "--stop", ".", "--stop-after", 4, "--response-length", 8,
+        "--query-length", 16, cwd=tmp_path,
+    )  # fmt: skip
+    run("evaluate_nlg", "--samples", 8, "--run", "data_results/K2_lr_5e-4_seed0", cwd=tmp_path)
+    evaluation = json.loads((tmp_path / "data_results" / "K2_lr_5e-4_seed0" / "evaluation.json").read_text())
+    assert evaluation["gold"]["valid_after"] is None
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "nlg_ppo")
+    assert trained.config.vocab_size == 50257
+    assert trained.generation_config.eos_token_id == 13  # "."
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_labels_as_words_in_every_format(tmp_path, suffix):
+    frame = pd.DataFrame({"sentence": [f"text number {i}" for i in range(20)], "verdict": ["good", "bad"] * 10})
+    path = tmp_path / f"rows.{suffix}"
+    {
+        "csv": lambda: frame.to_csv(path, index=False),
+        "tsv": lambda: frame.to_csv(path, index=False, sep="\t"),
+        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        "parquet": lambda: frame.to_parquet(path),
+    }[suffix]()
+    flags = ["--label-column", "verdict", "--positive-label", "good", "--epochs", 1, "--lm-epochs", 0]
+    run("train_cls", "--data", path, *flags, cwd=tmp_path)
+    assert json.loads((tmp_path / "models" / "cls" / "metrics.json").read_text())["results"]["valid"]["rows"] == 2
+
+
+# mistakes
+
+
+def test_missing_data(tmp_path):
+    assert "no such file or folder" in refused("train_cls", "--data", tmp_path / "nothing")
+    assert "no such file or folder" in refused("train_nlg", "--data", tmp_path / "nothing.txt")
+    assert "holds no train" in refused("train_nlg", "--data", tmp_path)
+    assert "neither a file" in refused("train_nlg", "--data", "no_such_dataset")
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "empty.csv").write_text("")
+    assert "is empty" in refused("train_cls", "--data", tmp_path / "empty.csv")
+    assert "has no rows" in refused("train_cls", "--data", write_csv(tmp_path / "header.csv", []))
+
+
+def test_missing_column(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", [("a", 1), ("b", 0)], ("words", "label"))
+    assert "--text-column" in refused("train_cls", "--data", path)
+    assert "'prose'" in refused("train_cls", "--data", path, "--text-column", "prose")
+    path = write_csv(tmp_path / "rows.csv", [("a", 1), ("b", 0)], ("text", "verdict"))
+    assert "--label-column" in refused("train_cls", "--data", path)
+
+
+def test_labels(tmp_path):
+    path = tmp_path / "rows.csv"
+    assert "two kinds of label" in refused("train_cls", "--data", write_csv(path, [("a", 1), ("b", 1)]))
+    said = refused("train_cls", "--data", write_csv(path, [("a", 1), ("b", 0), ("c", 2)]))
+    assert "row 3" in said and "'2'" in said and "--positive-label" in said
+    said = refused("train_cls", "--data", write_csv(path, [("a", "yes"), ("b", "no")]), "--positive-label", "good")
+    assert "'good'" in said and "yes" in said
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("text,label\ncafé,1\nnon,0\n".encode("latin-1"))
+    assert "not UTF-8 text (byte 14)" in refused("train_cls", "--data", tmp_path / "rows.csv")
+
+
+def test_model_folders(chain, tmp_path):
+    home, _ = chain
+    shutil.copytree(home / "data_nlg", tmp_path / "data_nlg")
+    assert "run train_nlg.py first" in refused("finetuning_nlg", cwd=tmp_path)
+    shutil.copytree(home / "models" / "nlg", tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).unlink()
+    assert "tokenizer" in refused("finetuning_nlg", "--policy", tmp_path / "bare", cwd=home)
+    assert "no such folder" in refused("finetuning_nlg", "--policy", tmp_path / "nothing", cwd=home)
+    assert "cannot be loaded" in refused("finetuning_nlg", "--policy", "no-such-model-on-the-hub", cwd=home)
+    assert "no file" in refused("finetuning_nlg", "--reward", "nothing.py:score", cwd=home)
+    assert "no run folder" in refused("evaluate_nlg", "--run", tmp_path, cwd=home)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch-size", "10", "--minibatches", "4"], "--batch-size 10 cannot be divided into --minibatches 4"),
+        (["--episodes", "8", "--batch-size", "16"], "less than one batch"),
+        (["--lr", "-1"], "--lr"),
+        (["--lr", "0"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "fast"], "--lr"),
+        (["--temperature", "0"], "--temperature"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", "2.5"], "--batch-size"),
+        (["--discount", "1.5"], "--discount"),
+        (["--seed", "-1"], "--seed"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--stop", "two words"], "--stop"),
+        (["--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_flags(chain, flags, words):
+    assert words in refused("finetuning_nlg", *flags, cwd=chain[0])
+
+
+@pytest.mark.parametrize("script", ["train_cls", "train_nlg", "finetuning_nlg", "evaluate_nlg"])
+def test_help(script):
+    text = run(script, "--help").stdout
+    assert f"python {script}.py" in text
+    assert "machine:" in text
+    assert "(default: None)" not in text
