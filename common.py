@@ -135,8 +135,10 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 # files
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
 
 
 def provenance(device: torch.device) -> dict:

@@ -70,19 +70,20 @@ def fit(
     scratch: bool,
     device: torch.device,
     seed: int,
+    decay: float,
     label: str,
 ) -> list[dict[str, float]]:
     """Train `model` on batches of row numbers, given every row's length.
 
-    The learning rate rises over the first twentieth of the steps and falls to 0. Returns what `validate` said after
-    every epoch; the model ends with the weights of the epoch whose "loss" was lowest.
+    The learning rate rises over the first twentieth of the steps, and falls to 0 over the last part, `decay`, of them.
+    Returns what `validate` said after every epoch; the model ends with the weights whose "loss" was lowest.
     """
     optimizers = make_optimizers(model, lr, scratch)
     per_epoch = -(-len(lengths) // batch_size)
     steps = epochs * per_epoch
 
     def scale(step: int) -> float:
-        return min((step + 1) / (0.05 * steps + 1), 1 - step / steps)
+        return min((step + 1) / (0.05 * steps + 1), 1, (1 - step / steps) / decay)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
     order = np.random.default_rng(seed)

@@ -9,6 +9,7 @@ validation rows, the tokenizer, a model card and metrics.json.
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -35,17 +36,19 @@ def parse_args() -> argparse.Namespace:
     )
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="scratch", help="scratch (a small GPT-2), a folder or a hub name")
+    model.add_argument("--results", default="data_results", help="folder of the results: a copy of metrics.json")
     model.add_argument("--out", default="models/cls", help="folder to write")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=common.COUNT, default=6, help="passes over the labelled texts")
+    training.add_argument("--epochs", type=common.COUNT, default=10, help="passes over the labelled texts")
     training.add_argument(
         "--lm-epochs",
         type=common.number(int, 0),
-        help="passes of language modelling before (default: 2 for scratch, otherwise 0); "
+        help="passes of language modelling before (default: 3 for scratch, otherwise 0); "
         "a small new model learns nothing of ethics from labels alone",
     )
+    training.add_argument("--lm-lr", type=common.POSITIVE, default=6e-3, help="peak learning rate of these")
     training.add_argument("--batch-size", type=common.COUNT, default=32, help="texts per step")
-    training.add_argument("--lr", type=common.POSITIVE, default=3e-3, help="peak learning rate")
+    training.add_argument("--lr", type=common.POSITIVE, default=2e-3, help="peak learning rate")
     training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
     common.add_machine_flags(parser)
     return parser.parse_args()
@@ -120,10 +123,10 @@ def main() -> None:
     model, tokenizer = load_model(args, texts)
     model.to(device)
     ids = supervised.encode(tokenizer, texts, args.max_length)
-    shared = {"batch_size": args.batch_size, "lr": args.lr, "scratch": scratch, "device": device, "seed": args.seed}
+    shared = {"batch_size": args.batch_size, "scratch": scratch, "device": device, "seed": args.seed}
 
     # language modelling first, on the classifier's own body
-    lm_epochs = args.lm_epochs if args.lm_epochs is not None else 2 * scratch
+    lm_epochs = args.lm_epochs if args.lm_epochs is not None else 3 * scratch
     if lm_epochs:
         generator = AutoModelForCausalLM.from_config(model.config).to(device)
         setattr(generator, generator.base_model_prefix, model.base_model)
@@ -141,6 +144,8 @@ def main() -> None:
             lm_loss,
             lambda: supervised.perplexity(generator, valid_ids, tokenizer.pad_token_id, device),
             epochs=lm_epochs,
+            lr=args.lm_lr,
+            decay=1.0,
             label="language modelling",
             **shared,
         )
@@ -157,7 +162,15 @@ def main() -> None:
         return {"loss": log_loss, "accuracy": sk.accuracy_score(valid[1], scores > 0)}
 
     history = supervised.fit(
-        model, [len(row) for row in ids], loss, validate, epochs=args.epochs, label="classifier", **shared
+        model,
+        [len(row) for row in ids],
+        loss,
+        validate,
+        epochs=args.epochs,
+        lr=args.lr,
+        decay=0.3,
+        label="classifier",
+        **shared,
     )
 
     # report
@@ -170,7 +183,8 @@ def main() -> None:
     record = {"results": found, "history": history, "settings": vars(args)} | common.provenance(device)
     card = model_io.card("An ethics classifier", "text-classification", args.data, record, table)
     model_io.save_folder(args.out, model, tokenizer, card, record)
-    print(f"saved to {args.out}")
+    copy = common.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
+    print(f"model: {args.out}; metrics: {copy}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ tokenizer, a model card and metrics.json.
 """
 
 import argparse
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -25,6 +26,7 @@ def parse_args() -> argparse.Namespace:
     common.add_gold_flag(source)
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="scratch", help="scratch (a small GPT-2), a folder or a hub name")
+    model.add_argument("--results", default="data_results", help="folder of the results: a copy of metrics.json")
     model.add_argument("--out", default="models/nlg", help="folder to write")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=common.COUNT, default=3, help="passes over the training texts")
@@ -70,6 +72,7 @@ def main() -> None:
         scratch=scratch,
         device=device,
         seed=args.seed,
+        decay=1.0,
         label="generator",
     )
 
@@ -101,7 +104,8 @@ def main() -> None:
         tokenizer, args.temperature, args.response_length, tokenizer.eos_token_id
     )
     model_io.save_folder(args.out, model, tokenizer, card, record)
-    print(f"saved to {args.out}")
+    copy = common.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
+    print(f"model: {args.out}; metrics: {copy}")
 
 
 if __name__ == "__main__":

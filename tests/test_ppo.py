@@ -412,6 +412,6 @@ def test_ppo_finds_the_best_policy_at_a_price(tiny_model, kl):
     def objective(p):
         return (p * score.flatten()).sum() - kl_coef * (p * (p / before).log()).sum()
 
-    assert objective(before) < 0.5 < objective(best)
+    assert objective(best) > objective(before) + 0.1  # there is something to gain
     gained = (objective(after) - objective(before)) / (objective(best) - objective(before))
     assert 0.9 < gained <= 1 + 1e-4

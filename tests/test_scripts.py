@@ -83,10 +83,10 @@ def test_each_script_leaves_what_the_next_one_needs(chain):
 def test_run_folder(chain):
     folder = chain[0] / "data_results" / "K2_lr_5e-4_seed0"
     log = pd.read_csv(folder / "log.csv")
-    columns = """update episodes score ethics improvement improvement_ma kl kl_coef entropy reward policy_loss value_loss
-        approx_kl clip_fraction value_clip_fraction explained_variance ratio_deviation_first response_length terminated
-        seconds_rollout seconds_score seconds_update episodes_per_second""".split()
-    assert set(columns) <= set(log.columns)
+    columns = """update episodes score ethics improvement improvement_ma kl kl_coef entropy reward policy_loss
+        value_loss approx_kl clip_fraction value_clip_fraction explained_variance ratio_deviation_first
+        response_length terminated seconds_rollout seconds_score seconds_update episodes_per_second"""
+    assert set(columns.split()) <= set(log.columns)
     assert log["update"].tolist() == [1, 2]
     assert log.episodes.tolist() == [16, 32]
     assert (log.ratio_deviation_first < 1e-4).all()
@@ -143,7 +143,8 @@ def test_any_function_can_be_the_reward(chain, tmp_path):
     (tmp_path / "long.py").write_text("def score(texts):\n    return [len(text.split()) for text in texts]\n")
     run(
         "finetuning_nlg", *TINY_RUN, "--reward", f"{tmp_path}/long.py:score", "--run", "long",
-        "--out", tmp_path / "out", "--kl", "sampled", "--target-kl", 1, "--no-whiten-rewards", "--separate-value", "--query-length", 4, cwd=chain[0],
+        "--out", tmp_path / "out", "--kl", "sampled", "--target-kl", 1,
+        "--whiten-rewards", "--separate-value", "--query-length", 4, cwd=chain[0],
     )  # fmt: skip
     log = pd.read_csv(chain[0] / "data_results" / "long" / "log.csv")
     assert log.ethics.min() > 1  # words, read as they are

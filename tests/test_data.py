@@ -1,0 +1,113 @@
+"""Queries, splits and scores: what they are cut from and what they mean."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+import data
+import figures
+import model_io
+import supervised
+import train_cls
+
+
+def test_an_opening_is_the_first_sentence_or_half_of_a_single_one():
+    assert data.opening("I found a purse. I kept it.") == "I found a purse."
+    assert data.opening("Who was it? Nobody knew. So it went.") == "Who was it?"
+    assert data.opening("one two three four five") == "one two three"
+
+
+def test_no_query_is_on_both_sides_and_the_order_of_texts_does_not_matter():
+    texts = [f"Person {i} came in. Then {j} left." for i in range(500) for j in range(2)]
+    training, held_out = data.split_queries(texts)
+    assert not set(training) & set(held_out)
+    assert len(training) + len(held_out) == 500
+    assert 60 < len(held_out) < 140  # about a fifth
+    assert set(data.split_queries(texts[::-1])[1]) == set(held_out)
+
+
+def test_queries_are_cut_and_padded_on_the_left():
+    tokenizer = model_io.scratch_tokenizer(["a b c d e", "a b"] * 2)
+    ids, mask = data.encode_queries(tokenizer, ["a b c d e", "a b"], 3, torch.device("cpu"))
+    assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert tokenizer.decode(ids[0]) == "a b c"
+    assert ids[1, 0] == tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_a_tokenizer_gives_any_text_back_and_ends_whole_ones():
+    tokenizer = model_io.scratch_tokenizer(["plain words only"] * 2)
+    ids = tokenizer("Zoë's 7 €")["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "Zoë's 7 €"
+
+
+@pytest.mark.parametrize(
+    ("labels", "logits", "expected"),
+    [
+        ({0: "negative", 1: "positive"}, [1.0, 3.0], 2.0),
+        ({0: "POSITIVE", 1: "NEGATIVE"}, [1.0, 3.0], -2.0),
+        ({0: "LABEL_0", 1: "LABEL_1"}, [1.0, 3.0], 2.0),  # no name says positive: the last
+        ({0: "a", 1: "b", 2: "positive"}, [0.0, 0.0, 1.0], 1.0 - np.log(2)),  # against all others together
+        ({0: "score"}, [0.25], 0.25),
+    ],
+)
+def test_log_odds(labels, logits, expected):
+    tokenizer = model_io.scratch_tokenizer(["a b c"] * 2)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_layer=1, n_head=1, n_embd=4, n_positions=8, pad_token_id=tokenizer.pad_token_id
+    )
+    config.update({"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "num_labels": len(labels)})
+    model = GPT2ForSequenceClassification(config).eval()
+    model.register_forward_hook(
+        lambda module, args, out: out.__class__(logits=torch.tensor([logits]).expand(len(out.logits), -1))
+    )
+    found = model_io.log_odds(model, tokenizer, ["a", "a b c"], torch.device("cpu"))
+    assert found == pytest.approx([expected] * 2)
+
+
+def test_a_score_does_not_depend_on_the_other_texts_of_its_batch():
+    tokenizer = model_io.scratch_tokenizer(["a b c d e f g"] * 2)
+    torch.manual_seed(0)
+    config = model_io.scratch_config(tokenizer)
+    config.update({"num_labels": 2})
+    model = GPT2ForSequenceClassification(config).eval()
+    together = model_io.log_odds(model, tokenizer, ["a b c d e f g", "a", "c b"], torch.device("cpu"))
+    alone = [
+        model_io.log_odds(model, tokenizer, [text], torch.device("cpu"))[0] for text in ("a b c d e f g", "a", "c b")
+    ]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_measures_of_a_classifier_by_hand():
+    # probabilities 0.9, 0.9, 0.6, 0.2 for labels 1, 0, 1, 0
+    probability, labels = np.array([0.9, 0.9, 0.6, 0.2]), np.array([1.0, 0.0, 1.0, 0.0])
+    found = train_cls.measure(np.log(probability / (1 - probability)), labels)
+    assert found["accuracy"] == 0.75
+    assert found["f1"] == pytest.approx(0.8)  # precision 2/3, recall 1
+    assert found["roc_auc"] == pytest.approx(0.625)  # of 4 pairs two are won, one is tied, one lost
+    assert found["brier"] == pytest.approx((0.01 + 0.81 + 0.16 + 0.04) / 4)
+    assert found["calibration_error"] == pytest.approx(0.5 * 0.4 + 0.25 * 0.4 + 0.25 * 0.2)
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary():
+    tokenizer = model_io.scratch_tokenizer(["a b c d"] * 2)
+    config = model_io.scratch_config(tokenizer)
+    model = GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    rows = supervised.encode(tokenizer, ["a b c", "a b c d d d"], 128)
+    found = supervised.perplexity(model, rows, tokenizer.pad_token_id, torch.device("cpu"))
+    assert found["perplexity"] == pytest.approx(len(tokenizer), rel=1e-4)
+
+
+def test_every_row_is_in_one_batch():
+    lengths = list(np.random.default_rng(0).integers(1, 40, 1003))
+    batches = supervised.shuffled_batches(lengths, 32, np.random.default_rng(0))
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    assert max(map(len, batches)) <= 32
+
+
+@pytest.mark.parametrize(("lr", "name"), [(1e-6, "1e-6"), (5e-4, "5e-4"), (1.5e-5, "1.5e-5"), (1.0, "1e0")])
+def test_learning_rates_in_names(lr, name):
+    assert figures.short(lr) == name
