@@ -113,21 +113,26 @@ def opening(text: str) -> str:
     return first if rest else " ".join(words[: (len(words) + 1) // 2])
 
 
-def split_queries(texts: list[str]) -> tuple[list[str], list[str]]:
-    """The different openings of these texts, for training and, a fifth of them, for evaluation only.
+def split_queries(texts: list[str], tokenizer, length: int) -> tuple[list[str], list[str]]:
+    """The queries of these texts, for training and, about a fifth of them, for evaluation only.
 
-    A query's own checksum decides, so that it falls on the same side in every script and every run.
+    A query is at most `length` tokens of an opening. Its own checksum decides on which side it is, so that equal
+    queries are on the same side, in every script and every run.
     """
-    openings = list(dict.fromkeys(opening(text) for text in texts))
+    openings = [
+        ids[:length] for ids in tokenizer([opening(text) for text in texts], add_special_tokens=False)["input_ids"]
+    ]
     sides = [], []
-    for query in openings:
+    for query in tokenizer.batch_decode(openings):
         sides[zlib.crc32(query.encode()) % 5 == 0].append(query)
+    if not all(sides):
+        raise UserError("the validation texts are too few to hold out queries for evaluation; give more of them")
     return sides
 
 
-def encode_queries(tokenizer, queries: list[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Queries cut to `length` tokens and padded on the left: ids and mask, [B, Q] each."""
-    ids = [row[:length] for row in tokenizer(queries, add_special_tokens=False)["input_ids"]]
+def encode_queries(tokenizer, queries: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Queries padded on the left: ids and mask, [B, Q] each."""
+    ids = tokenizer(queries, add_special_tokens=False)["input_ids"]
     width = max(map(len, ids))
     padded = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in ids]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]

@@ -51,12 +51,10 @@ def main() -> None:
 
     # data and models
     texts = data.nlg_texts(trained)["valid"]
-    _, queries = data.split_queries(texts)
-    if not queries:
-        raise UserError(f"{trained.data} has too few texts to hold out queries for evaluation")
-    queries = (queries * -(-args.samples // len(queries)))[: args.samples]
     reference, tokenizer = model_io.load_policy(trained.policy, "--policy")
     policy, _ = model_io.load_policy(args.policy or trained.out, "--policy")
+    _, queries = data.split_queries(texts, tokenizer, trained.query_length)
+    queries = (queries * -(-args.samples // len(queries)))[: args.samples]
     reference.to(device)
     policy = ppo.PolicyWithValue(policy).to(device)
     reward_model = model_io.load_reward(trained.reward, device)
@@ -69,7 +67,7 @@ def main() -> None:
         generator = torch.Generator(device).manual_seed(args.seed)
         for start in range(0, len(queries), args.batch_size):
             chosen = queries[start : start + args.batch_size]
-            query_ids, query_mask = data.encode_queries(tokenizer, chosen, trained.query_length, device)
+            query_ids, query_mask = data.encode_queries(tokenizer, chosen, device)
             with common.autocast(device):
                 rollout = ppo.collect(
                     writer,

@@ -104,12 +104,13 @@ def main() -> None:
     updates = args.episodes // args.batch_size
 
     # data and models
-    queries, _ = data.split_queries(data.nlg_texts(args)["valid"])
-    batches = endless(queries, args.batch_size, args.seed)
+    texts = data.nlg_texts(args)["valid"]
     reference, tokenizer = model_io.load_policy(args.policy, "--policy")
     reference.to(device).requires_grad_(False)
     policy = ppo.PolicyWithValue(copy.deepcopy(reference).requires_grad_(True), args.separate_value).to(device).eval()
     reward_model = model_io.load_reward(args.reward, device)
+    queries, _ = data.split_queries(texts, tokenizer, args.query_length)
+    batches = endless(queries, args.batch_size, args.seed)
     optimizer = ppo.make_optimizer(policy, args.lr)
     sampling = {
         "length": args.response_length,
@@ -121,7 +122,7 @@ def main() -> None:
 
     # the policy before: its texts' scores normalise the score, and the improvement counts from their ethics
     chosen = list(itertools.islice(itertools.chain.from_iterable(batches), args.reference_samples))
-    texts_before = model_io.continuations(reference, tokenizer, chosen, args.query_length, **sampling)
+    texts_before = model_io.continuations(reference, tokenizer, chosen, **sampling)
     raw_before, ethics_before = reward_model(texts_before)
     score_mean, score_std = raw_before.mean(), max(raw_before.std(), 1e-6)
 
@@ -136,7 +137,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - (update - 1) / updates)
 
-        query_ids, query_mask = data.encode_queries(tokenizer, next(batches), args.query_length, device)
+        query_ids, query_mask = data.encode_queries(tokenizer, next(batches), device)
         with common.autocast(device):
             rollout = ppo.collect(
                 policy, reference, query_ids, query_mask, forward_batch=args.forward_batch, **sampling
@@ -231,9 +232,7 @@ def main() -> None:
         "A generator fine-tuned with PPO", "text-generation", args.data, record, table.loc[summary.index]
     )
     model_io.save_folder(args.out, policy.model, tokenizer, card)
-    show_pairs(
-        texts_before, model_io.continuations(policy.model, tokenizer, chosen[:4], args.query_length, **sampling), chosen
-    )
+    show_pairs(texts_before, model_io.continuations(policy.model, tokenizer, chosen[:4], **sampling), chosen)
     figure = figures.save_improvement(Path(args.results), args.ppo_epochs, args.lr)
     print(f"policy: {args.out}; run: {folder}; figure: {figure}")
 

@@ -118,11 +118,11 @@ def whole_texts(tokenizer, query_ids: torch.Tensor, response_ids: torch.Tensor) 
     return tokenizer.batch_decode(torch.cat([query_ids, response_ids], 1), skip_special_tokens=True)
 
 
-def continuations(model, tokenizer, queries: list[str], query_length: int, batch: int = 256, **sampling) -> list[str]:
+def continuations(model, tokenizer, queries: list[str], batch: int = 256, **sampling) -> list[str]:
     """Each query with a response of `model`; `sampling` as ppo.sample takes it."""
     texts = []
     for start in range(0, len(queries), batch):
-        query_ids, query_mask = encode_queries(tokenizer, queries[start : start + batch], query_length, model.device)
+        query_ids, query_mask = encode_queries(tokenizer, queries[start : start + batch], model.device)
         with autocast(model.device):
             texts += whole_texts(tokenizer, query_ids, ppo.sample(model, query_ids, query_mask, **sampling))
     return texts

@@ -47,7 +47,6 @@ def main() -> None:
 
     # data
     texts = data.nlg_texts(args)
-    queries = data.split_queries(texts["valid"])[0]
 
     # model
     if scratch:
@@ -78,6 +77,7 @@ def main() -> None:
 
     # report
     judge = model_io.gold_judge(args.gold, texts["valid"])
+    queries, _ = data.split_queries(texts["valid"], tokenizer, args.query_length)
     queries = (queries * -(-args.samples // len(queries)))[: args.samples]
     found = {"valid_perplexity": min(row["perplexity"] for row in history)}
     for temperature in sorted({args.temperature, 1.0}):
@@ -85,7 +85,6 @@ def main() -> None:
             model,
             tokenizer,
             queries,
-            args.query_length,
             length=args.response_length,
             temperature=temperature,
             stop_id=tokenizer.eos_token_id,

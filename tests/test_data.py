@@ -20,16 +20,18 @@ def test_an_opening_is_the_first_sentence_or_half_of_a_single_one():
 
 def test_no_query_is_on_both_sides_and_the_order_of_texts_does_not_matter():
     texts = [f"Person {i} came in. Then {j} left." for i in range(500) for j in range(2)]
-    training, held_out = data.split_queries(texts)
+    tokenizer = model_io.scratch_tokenizer(texts)
+    training, held_out = data.split_queries(texts, tokenizer, 2)  # "Person", " 7"
     assert not set(training) & set(held_out)
-    assert len(training) + len(held_out) == 500
-    assert 60 < len(held_out) < 140  # about a fifth
-    assert set(data.split_queries(texts[::-1])[1]) == set(held_out)
+    assert len(training) + len(held_out) == 1000
+    assert set(training) | set(held_out) <= {f"Person {i}" for i in range(500)}
+    assert 120 < len(held_out) < 280  # about a fifth
+    assert sorted(data.split_queries(texts[::-1], tokenizer, 2)[1]) == sorted(held_out)
 
 
-def test_queries_are_cut_and_padded_on_the_left():
+def test_queries_are_padded_on_the_left():
     tokenizer = model_io.scratch_tokenizer(["a b c d e", "a b"] * 2)
-    ids, mask = data.encode_queries(tokenizer, ["a b c d e", "a b"], 3, torch.device("cpu"))
+    ids, mask = data.encode_queries(tokenizer, ["a b c", "a b"], torch.device("cpu"))
     assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
     assert tokenizer.decode(ids[0]) == "a b c"
     assert ids[1, 0] == tokenizer.pad_token_id != tokenizer.eos_token_id
