@@ -5,8 +5,8 @@ BIN = .venv/bin
 RUN = K2_lr_5e-4_seed0
 
 all: .venv/installed
-	$(BIN)/python train_cls.py
 	$(BIN)/python train_nlg.py
+	$(BIN)/python train_cls.py --model models/nlg --optimizer muon
 	$(BIN)/python finetuning_nlg.py
 	$(BIN)/python evaluate_nlg.py --run data_results/$(RUN)
 	$(BIN)/jupyter nbconvert --log-level WARN --execute --to html --output-dir data_results Analysis.ipynb

@@ -112,7 +112,7 @@ def add_gold_flag(group: argparse._ArgumentGroup) -> None:
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--query-length", type=COUNT, default=6, help="longest query in tokens")
+    group.add_argument("--query-length", type=COUNT, default=5, help="longest query in tokens; the shortest is half")
     group.add_argument("--response-length", type=COUNT, default=40, help="longest response in tokens")
     group.add_argument("--temperature", type=POSITIVE, default=0.7, help="divides the logits, here and everywhere")
 

@@ -116,14 +116,15 @@ def opening(text: str) -> str:
 def split_queries(texts: list[str], tokenizer, length: int) -> tuple[list[str], list[str]]:
     """The queries of these texts, for training and, about a fifth of them, for evaluation only.
 
-    A query is at most `length` tokens of an opening. Its own checksum decides on which side it is, so that equal
-    queries are on the same side, in every script and every run.
+    A query is the first tokens of an opening, from half of `length` to `length` of them, as the 32 to 64 of [1]; the
+    text's checksum says how many. The query's own checksum says on which side it is, so that equal queries are on
+    the same side, in every script and every run.
     """
-    openings = [
-        ids[:length] for ids in tokenizer([opening(text) for text in texts], add_special_tokens=False)["input_ids"]
-    ]
+    shortest = max(1, length // 2)
+    rows = tokenizer([opening(text) for text in texts], add_special_tokens=False)["input_ids"]
+    kept = [shortest + zlib.crc32(text.encode()) % (length - shortest + 1) for text in texts]
     sides = [], []
-    for query in tokenizer.batch_decode(openings):
+    for query in tokenizer.batch_decode([row[:count] for row, count in zip(rows, kept, strict=True)]):
         sides[zlib.crc32(query.encode()) % 5 == 0].append(query)
     if not all(sides):
         raise UserError("the validation texts are too few to hold out queries for evaluation; give more of them")

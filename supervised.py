@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from common import UserError, autocast
 
@@ -35,18 +36,20 @@ def lm_loss(model, ids: Tensor, mask: Tensor) -> Tensor:
     return cross_entropy(model.get_output_embeddings()(hidden[real]).float(), ids[:, 1:][real])
 
 
-def make_optimizers(model: nn.Module, lr: float, scratch: bool) -> list[torch.optim.Optimizer]:
-    """AdamW; for the matrices inside the blocks of a model from scratch, Muon.
+def make_optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW; with `muon`, Muon for the matrices of the model's body.
 
-    Whether an act is right depends on two things together, and a small new model stays at chance for several passes
-    over the data before it sees that; with Muon it takes about one.
+    Whether an act is right depends on two things together, and with AdamW alone a small new model stays at chance for
+    many passes over the data before it sees that.
     """
-    inside = [p for n, p in model.named_parameters() if scratch and p.ndim == 2 and ".h." in n]
-    others = [p for p in model.parameters() if not any(p is q for q in inside)]
+    layers = [module for module in model.base_model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    matrices = [layer.weight for layer in layers] if muon else []
+    chosen = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    if not inside:
+    if not muon:
         return [adamw]
-    return [torch.optim.Muon(inside, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw]
+    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def shuffled_batches(lengths: list[int], batch_size: int, order: np.random.Generator) -> list[np.ndarray]:
@@ -67,7 +70,7 @@ def fit(
     epochs: int,
     batch_size: int,
     lr: float,
-    scratch: bool,
+    muon: bool,
     device: torch.device,
     seed: int,
     decay: float,
@@ -78,7 +81,7 @@ def fit(
     The learning rate rises over the first twentieth of the steps, and falls to 0 over the last part, `decay`, of them.
     Returns what `validate` said after every epoch; the model ends with the weights whose "loss" was lowest.
     """
-    optimizers = make_optimizers(model, lr, scratch)
+    optimizers = make_optimizers(model, lr, muon)
     per_epoch = -(-len(lengths) // batch_size)
     steps = epochs * per_epoch
 

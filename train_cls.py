@@ -1,6 +1,7 @@
 """Fit the ethics classifier, which becomes the reward model.
 
     python train_cls.py                                     # the shipped data, a small GPT-2 from scratch
+    python train_cls.py --model models/nlg --optimizer muon # the same from the generator: faster, as [1] does it
     python train_cls.py --model roberta-base --lr 2e-5 --epochs 3 --batch-size 32 \\
         --data ethics.csv --text-column input --positive-label 0
 
@@ -49,6 +50,11 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--lm-lr", type=common.POSITIVE, default=6e-3, help="peak learning rate of these")
     training.add_argument("--batch-size", type=common.COUNT, default=32, help="texts per step")
     training.add_argument("--lr", type=common.POSITIVE, default=2e-3, help="peak learning rate")
+    training.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        help="default: muon for scratch, which it teaches faster; otherwise adamw",
+    )
     training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
     common.add_machine_flags(parser)
     return parser.parse_args()
@@ -123,7 +129,12 @@ def main() -> None:
     model, tokenizer = load_model(args, texts)
     model.to(device)
     ids = supervised.encode(tokenizer, texts, args.max_length)
-    shared = {"batch_size": args.batch_size, "scratch": scratch, "device": device, "seed": args.seed}
+    shared = {
+        "batch_size": args.batch_size,
+        "muon": (args.optimizer or ("muon" if scratch else "adamw")) == "muon",
+        "device": device,
+        "seed": args.seed,
+    }
 
     # language modelling first, on the classifier's own body
     lm_epochs = args.lm_epochs if args.lm_epochs is not None else 3 * scratch

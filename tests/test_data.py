@@ -21,12 +21,18 @@ def test_an_opening_is_the_first_sentence_or_half_of_a_single_one():
 def test_no_query_is_on_both_sides_and_the_order_of_texts_does_not_matter():
     texts = [f"Person {i} came in. Then {j} left." for i in range(500) for j in range(2)]
     tokenizer = model_io.scratch_tokenizer(texts)
-    training, held_out = data.split_queries(texts, tokenizer, 2)  # "Person", " 7"
+    training, held_out = data.split_queries(texts, tokenizer, 3)  # "Person" and perhaps " 7", " came"
     assert not set(training) & set(held_out)
     assert len(training) + len(held_out) == 1000
-    assert set(training) | set(held_out) <= {f"Person {i}" for i in range(500)}
-    assert 120 < len(held_out) < 280  # about a fifth
-    assert sorted(data.split_queries(texts[::-1], tokenizer, 2)[1]) == sorted(held_out)
+    assert all(text.startswith(("Person", "Person ")) for text in training + held_out)
+    assert sorted(data.split_queries(texts[::-1], tokenizer, 3)[1]) == sorted(held_out)
+
+
+def test_queries_have_from_half_the_length_to_the_length_in_tokens():
+    texts = [f"{letter} two three four five six seven. And {i}." for i in range(9) for letter in "abcdefghijklmnop"]
+    tokenizer = model_io.scratch_tokenizer(texts)
+    queries = [query for side in data.split_queries(texts, tokenizer, 4) for query in side]
+    assert {len(query.split()) for query in queries} == {2, 3, 4}
 
 
 def test_queries_are_padded_on_the_left():
