@@ -81,7 +81,7 @@ def main() -> None:
                     forward_batch=args.batch_size,
                     generator=generator,
                 )
-            whole = model_io.whole_texts(tokenizer, query_ids, rollout.response_ids)
+            whole = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
             raw, ethics = reward_model(whole)
             normalised = (raw - config["score_mean"]) / config["score_std"]
             for i, text in enumerate(whole):

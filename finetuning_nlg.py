@@ -144,7 +144,7 @@ def main() -> None:
             )
         clock.append(time.perf_counter())
 
-        texts = model_io.whole_texts(tokenizer, rollout.query_ids, rollout.response_ids)
+        texts = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
         raw, ethics = reward_model(texts)
         scores = torch.tensor((raw - score_mean) / score_std, device=device, dtype=torch.float32)
         scores = scores.where(rollout.terminated, args.missing_stop_score)

@@ -113,9 +113,12 @@ def stop_token(tokenizer, stop: str | None) -> int:
     return ids[0]
 
 
-def whole_texts(tokenizer, query_ids: torch.Tensor, response_ids: torch.Tensor) -> list[str]:
-    """Query and response [B, Q], [B, R] as one text each."""
-    return tokenizer.batch_decode(torch.cat([query_ids, response_ids], 1), skip_special_tokens=True)
+def whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask) -> list[str]:
+    """The real tokens of queries [B, Q] and responses [B, R] as one text each."""
+    ids, mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, response_mask], 1).bool()
+    return tokenizer.batch_decode(
+        [row[real].tolist() for row, real in zip(ids, mask, strict=True)], skip_special_tokens=True
+    )
 
 
 def continuations(model, tokenizer, queries: list[str], batch: int = 256, **sampling) -> list[str]:
@@ -124,7 +127,9 @@ def continuations(model, tokenizer, queries: list[str], batch: int = 256, **samp
     for start in range(0, len(queries), batch):
         query_ids, query_mask = encode_queries(tokenizer, queries[start : start + batch], model.device)
         with autocast(model.device):
-            texts += whole_texts(tokenizer, query_ids, ppo.sample(model, query_ids, query_mask, **sampling))
+            response_ids = ppo.sample(model, query_ids, query_mask, **sampling)
+        response_mask, _ = ppo.real_tokens(response_ids, sampling["stop_id"], sampling.get("stop_after", 0))
+        texts += whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask)
     return texts
 
 

@@ -43,6 +43,17 @@ def test_queries_are_padded_on_the_left():
     assert ids[1, 0] == tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
+def test_a_text_ends_with_its_stop_token():
+    """Behind a stop token that people read, such as a full stop, the sampler's filling must not show."""
+    tokenizer = model_io.scratch_tokenizer(["he left . so ."] * 2)
+    query_ids, query_mask = data.encode_queries(tokenizer, ["he", "so he"], torch.device("cpu"))
+    left, stop = tokenizer.encode(" left", add_special_tokens=False), model_io.stop_token(tokenizer, " .")
+    response_ids = torch.tensor([[*left, stop, stop, stop], [*left, *left, *left, stop]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    texts = model_io.whole_texts(tokenizer, query_ids, query_mask, response_ids, mask)
+    assert texts == ["he left .", "so he left left left ."]
+
+
 def test_a_tokenizer_gives_any_text_back_and_ends_whole_ones():
     tokenizer = model_io.scratch_tokenizer(["plain words only"] * 2)
     ids = tokenizer("Zoë's 7 €")["input_ids"]
