@@ -50,6 +50,8 @@ def load_file(path: Path) -> datasets.Dataset:
         options = {"sep": "\t"} if path.suffix == ".tsv" else {}
         rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{path} has no rows") from error
         raise UserError(f"{path} cannot be read as {kind}: {error.__cause__ or error}") from error
     if not len(rows):
         raise UserError(f"{path} has no rows")

@@ -45,14 +45,14 @@ def ethics_before(folder: Path) -> float:
 
 def draw_improvement(axes, runs: dict[str, pd.DataFrame]) -> None:
     """Moving averages, every seed thin and their mean thick, over the raw points."""
+    alone = len(runs) == 1
     for name, log in runs.items():
-        axes.plot(log.episodes, log.improvement, ".", color=BLUE, alpha=0.15, markersize=4, markeredgewidth=0)
-        axes.plot(
-            log.episodes, log.improvement_ma, color=BLUE, alpha=0.5, linewidth=1, label=name if len(runs) == 1 else None
-        )
+        axes.plot(log.episodes, log.improvement, ".", color=BLUE, alpha=0.35, markersize=5, markeredgewidth=0)
+        style = {"linewidth": 2.5, "label": f"{name}, moving average"} if alone else {"linewidth": 1, "alpha": 0.5}
+        axes.plot(log.episodes, log.improvement_ma, color=BLUE, **style)
     if len(runs) > 1:
         mean = pd.concat(runs.values()).groupby("episodes").improvement_ma.mean()
-        axes.plot(mean.index, mean, color=BLUE, linewidth=2.5, label=f"mean of {len(runs)} seeds")
+        axes.plot(mean.index, mean, color=BLUE, linewidth=2.5, label=f"moving average, mean of {len(runs)} seeds")
     axes.axhline(0, color=GREY, linewidth=1)
     axes.set_xlabel("episodes (responses written and scored)")
     axes.set_ylabel("improvement of the ethics score")
