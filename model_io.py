@@ -55,7 +55,7 @@ def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def scratch_config(tokenizer) -> GPT2Config:
-    """A small GPT-2. Its activation is GPT-2's own function under the name of its fused, twice as fast kernel."""
+    """A small GPT-2. Its activation is GPT-2's own function under the name of its fused kernel."""
     return GPT2Config(
         **SCRATCH,
         vocab_size=len(tokenizer),

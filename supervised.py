@@ -39,8 +39,7 @@ def lm_loss(model, ids: Tensor, mask: Tensor) -> Tensor:
 def make_optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
     """AdamW; with `muon`, Muon for the matrices of the model's body.
 
-    Whether an act is right depends on two things together, and with AdamW alone a small new model stays at chance for
-    many passes over the data before it sees that.
+    Whether an act is right depends on two things together, which a small new model is slow to see; Muon hurries it.
     """
     layers = [module for module in model.base_model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     matrices = [layer.weight for layer in layers] if muon else []
