@@ -207,8 +207,8 @@ def kl_divergence(logp: Tensor, ref_logp: Tensor) -> Tensor:
 class _LogprobAndKl(torch.autograd.Function):
     """of_tokens(log_softmax(logits), ids) and kl_divergence(log_softmax(logits), ref_logp), [B, R] each.
 
-    The same numbers and gradients as those two with fewer passes over memory: the [B, R, V] tensors are what an update of a small
-    model spends its time on. With p = softmax(logits): d logp_i / d logits = onehot_i - p, and
+    The same numbers and gradients as those two with fewer passes over memory: the [B, R, V] tensors are what an update
+    of a small model spends its time on. With p = softmax(logits): d logp_i / d logits = onehot_i - p, and
     d KL / d logits = p * (logp - ref_logp - KL).
     """
 
