@@ -192,17 +192,11 @@ def main() -> None:
             "improvement_ma": np.mean(improvements[-MOVING_AVERAGE:]),
             "kl": kl,
             "kl_coef": kl_coef,
-            "entropy": ppo.masked_mean(rollout.entropy, mask).item(),
             "reward": scores.mean().item() - kl_coef * kl,
-            **statistics,
-            "explained_variance": ppo.explained_variance(rollout.values, returns, mask),
-            "response_length": mask.sum(1).float().mean().item(),
-            "terminated": rollout.terminated.float().mean().item(),
             "lr": optimizer.param_groups[0]["lr"],
-            "seconds_rollout": clock[1] - clock[0],
-            "seconds_score": clock[2] - clock[1],
-            "seconds_update": clock[3] - clock[2],
-            "episodes_per_second": args.batch_size / (clock[3] - clock[0]),
+            **statistics,
+            **of_rollout(rollout, returns),
+            **timings(clock, args.batch_size),
         }
         append_rows(folder / "log.csv", [row])
         if update % SAMPLE_EVERY in (0, 1) or update == updates:
@@ -220,18 +214,7 @@ def main() -> None:
     # the result
     if writer:
         writer.close()
-    summary = pd.Series(
-        {name: row[name] for name in ("ethics", "improvement_ma", "score", "kl", "entropy", "terminated")}
-    )
-    table = pd.DataFrame({"before": {"ethics": baseline["ethics_before"], "score": 0.0, "kl": 0.0}, "after": summary})
-    record = {"settings": vars(args), **baseline} | common.provenance(device)
-    policy.model.generation_config = model_io.plain_sampling(
-        tokenizer, args.temperature, args.response_length, sampling["stop_id"]
-    )
-    card = model_io.card(
-        "A generator fine-tuned with PPO", "text-generation", args.data, record, table.loc[summary.index]
-    )
-    model_io.save_folder(args.out, policy.model, tokenizer, card)
+    save_policy(args, policy.model, tokenizer, sampling["stop_id"], row, baseline, device)
     show_pairs(texts_before, model_io.continuations(policy.model, tokenizer, chosen[:4], **sampling), chosen)
     figure = figures.save_improvement(Path(args.results), args.ppo_epochs, args.lr)
     print(f"policy: {args.out}; run: {folder}; figure: {figure}")
@@ -248,6 +231,35 @@ def start_run(folder: Path, args: argparse.Namespace, baseline: dict, device: to
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by few
 
     return SummaryWriter(str(folder))
+
+
+def of_rollout(rollout: ppo.Rollout, returns: torch.Tensor) -> dict[str, float]:
+    """What log.csv says of a rollout itself."""
+    mask = rollout.response_mask
+    return {
+        "entropy": ppo.masked_mean(rollout.entropy, mask).item(),
+        "explained_variance": ppo.explained_variance(rollout.values, returns, mask),
+        "response_length": mask.sum(1).float().mean().item(),
+        "terminated": rollout.terminated.float().mean().item(),
+    }
+
+
+def timings(clock: list[float], episodes: int) -> dict[str, float]:
+    """Seconds of the stages between four readings of the clock."""
+    stages = ("seconds_rollout", "seconds_score", "seconds_update")
+    seconds = {name: end - start for name, start, end in zip(stages, clock, clock[1:], strict=False)}
+    return seconds | {"episodes_per_second": episodes / (clock[-1] - clock[0])}
+
+
+def save_policy(args, model, tokenizer, stop_id: int, last: dict, baseline: dict, device: torch.device) -> None:
+    """The policy with its model card, whose results are those of the last update."""
+    after = {name: last[name] for name in ("ethics", "improvement_ma", "score", "kl", "entropy", "terminated")}
+    before = {"ethics": baseline["ethics_before"], "score": 0.0, "kl": 0.0}
+    table = pd.DataFrame({"before": before, "after": after}).loc[list(after)]
+    record = {"settings": vars(args), **baseline} | common.provenance(device)
+    card = model_io.card("A generator fine-tuned with PPO", "text-generation", args.data, record, table)
+    model.generation_config = model_io.plain_sampling(tokenizer, args.temperature, args.response_length, stop_id)
+    model_io.save_folder(args.out, model, tokenizer, card)
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
