@@ -109,6 +109,22 @@ def load_model(args: argparse.Namespace, texts: list[str]):
     return GPT2ForSequenceClassification(config), tokenizer
 
 
+def learn_language(model, ids: list[list[int]], valid_ids: list[list[int]], pad_id: int, device, **fitting) -> None:
+    """Language modelling on the classifier's own body, under a head that is thrown away."""
+    generator = AutoModelForCausalLM.from_config(model.config).to(device)
+    setattr(generator, generator.base_model_prefix, model.base_model)
+    generator.tie_weights()
+
+    def loss(batch: np.ndarray) -> torch.Tensor:
+        return supervised.lm_loss(generator, *supervised.pad([ids[i] for i in batch], pad_id, device))
+
+    def validate() -> dict[str, float]:
+        return supervised.perplexity(generator, valid_ids, pad_id, device)
+
+    lengths = [len(row) for row in ids]
+    supervised.fit(generator, lengths, loss, validate, device=device, decay=1.0, label="language modelling", **fitting)
+
+
 def main() -> None:
     args = parse_args()
     device = common.set_up(args)
@@ -139,27 +155,8 @@ def main() -> None:
     # language modelling first, on the classifier's own body
     lm_epochs = args.lm_epochs if args.lm_epochs is not None else 3 * scratch
     if lm_epochs:
-        generator = AutoModelForCausalLM.from_config(model.config).to(device)
-        setattr(generator, generator.base_model_prefix, model.base_model)
-        generator.tie_weights()
-
-        def lm_loss(batch: np.ndarray) -> torch.Tensor:
-            return supervised.lm_loss(
-                generator, *supervised.pad([ids[i] for i in batch], tokenizer.pad_token_id, device)
-            )
-
         valid_ids = supervised.encode(tokenizer, valid[0], args.max_length)
-        supervised.fit(
-            generator,
-            [len(row) for row in ids],
-            lm_loss,
-            lambda: supervised.perplexity(generator, valid_ids, tokenizer.pad_token_id, device),
-            epochs=lm_epochs,
-            lr=args.lm_lr,
-            decay=1.0,
-            label="language modelling",
-            **shared,
-        )
+        learn_language(model, ids, valid_ids, tokenizer.pad_token_id, epochs=lm_epochs, lr=args.lm_lr, **shared)
 
     # labels
     def loss(batch: np.ndarray) -> torch.Tensor:
