@@ -2,17 +2,17 @@
 # make gpt2   the same with GPT-2 and ETHICS from the hub  make clean  remove what make made, but for .venv
 PYTHON ?= python3
 BIN = .venv/bin
-RUN = K2_lr_5e-4_seed0
+RUN = K2_lr_1e-3_seed0
 
 all: .venv/installed
 	$(BIN)/python train_nlg.py
-	$(BIN)/python train_cls.py --model models/nlg --optimizer muon
+	$(BIN)/python train_cls.py --model models/nlg --optimizer muon --revisit 0.1
 	$(BIN)/python finetuning_nlg.py
 	$(BIN)/python evaluate_nlg.py --run data_results/$(RUN)
 	$(BIN)/jupyter nbconvert --log-level WARN --execute --to html --output-dir data_results Analysis.ipynb
 	@echo
 	@echo "The fine-tuned policy is in models/nlg_ppo, its run in data_results/$(RUN)."
-	@echo "Look at data_results/fig_K2_lr_5e-4.png and data_results/Analysis.html (Analysis.ipynb, executed)."
+	@echo "Look at data_results/fig_K2_lr_1e-3.png and data_results/Analysis.html (Analysis.ipynb, executed)."
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -32,7 +32,7 @@ gpt2: .venv/installed
 	$(BIN)/python train_nlg.py $(ETHICS) --model gpt2 --lr 5e-5 --epochs 2 --batch-size 32 --out models/gpt2_nlg
 	$(BIN)/python finetuning_nlg.py $(ETHICS) --policy models/gpt2_nlg --reward models/gpt2_cls \
 		--query-length 64 --response-length 24 --stop . --stop-after 16 --episodes 1000000 --batch-size 512 \
-		--minibatches 1 --ppo-epochs 4 --lr 1e-5 --kl sampled --kl-coef 0.15 --target-kl 6 --gae-lambda 0.95 --whiten-rewards \
+		--minibatches 1 --ppo-epochs 4 --optimizer adam --lr 1e-5 --kl sampled --kl-coef 0.15 --target-kl 6 --gae-lambda 0.95 --whiten-rewards \
 		--out models/gpt2_ppo
 	$(BIN)/python evaluate_nlg.py --run data_results/K4_lr_1e-5_seed0
 

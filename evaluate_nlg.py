@@ -1,37 +1,59 @@
-"""Measure what a policy gained over its reference, on queries that its training never saw.
+"""Measure what a policy gained over its reference, at what price, and against what was possible at that price.
 
     python evaluate_nlg.py                                  # models/nlg_ppo against models/nlg
-    python evaluate_nlg.py --run data_results/K2_lr_5e-4_seed1 --policy models/nlg_ppo_1
+    python evaluate_nlg.py --run data_results/K2_lr_1e-3_seed* # several, of one reference and reward
 
-Writes evaluation.json and evaluation_samples.csv to --run, the run folder whose config.json says how the policy was
-trained: data, reference, reward, temperature, lengths and the score's normalisation are taken from there.
+Writes evaluation.json and evaluation_samples.csv to every --run, a run folder whose config.json says how the policy was
+trained: data, reference, reward, temperature, lengths and the score's normalisation are taken from there; and draws
+fig_frontier_K<K>_lr_<lr>.png beside it. All queries are ones that training never saw.
 """
 
 import argparse
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 import common
 import data
+import figures
+import measures
 import model_io
 import ppo
 from common import COUNT, UserError
 
+COMPARED, KEPT = 8, 4  # responses to a query that self-BLEU compares, and that evaluation_samples.csv keeps
+SHARED = "policy reward data data_config data_revision text_column query_length response_length temperature".split()
+SHARED += ["stop", "stop_after", "missing_stop_score"]  # settings that runs must have in common
+TRUSTED_ESS = 30  # below this many effective samples a query, the optimum is not known well
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+
 
 def parse_args() -> argparse.Namespace:
     parser = common.Parser(__doc__)
-    parser.add_argument("--run", default="data_results/K2_lr_5e-4_seed0", help="run folder of the policy")
-    parser.add_argument("--policy", help="folder of the policy (default: the --out of that run)")
     parser.add_argument(
-        "--samples", type=COUNT, default=1024, help="responses of each, in turn to the held-out queries"
+        "--run", nargs="+", default=["data_results/K2_lr_1e-3_seed0"], help="run folders of the policies"
     )
-    parser.add_argument("--batch-size", type=COUNT, default=256, help="rows in a model at once")
+    parser.add_argument("--policy", help="folder of the policy, for one run (default: the --out of the run)")
+    parser.add_argument("--queries", type=COUNT, default=64, help="held-out queries, drawn at random")
+    parser.add_argument("--samples", type=COUNT, default=32, help="responses to each, of the policy and the reference")
+    parser.add_argument(
+        "--reference-samples", type=COUNT, default=1024, help="responses of the reference to each, for the optimum"
+    )
+    parser.add_argument("--batch-size", type=COUNT, default=1024, help="rows in a model at once")
     common.add_gold_flag(parser)
     common.add_machine_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.reference_samples < max(BEST_OF):
+        raise UserError(f"--reference-samples {args.reference_samples} is too few for best of {max(BEST_OF)}")
+    if args.policy and len(args.run) > 1:
+        raise UserError("--policy names the policy of one --run")
+    return args
 
 
 def trained_with(run: Path) -> tuple[argparse.Namespace, dict]:
@@ -43,116 +65,237 @@ def trained_with(run: Path) -> tuple[argparse.Namespace, dict]:
         raise UserError(f"--run {run} is no run folder of finetuning_nlg.py: {error!r}") from error
 
 
+def same_settings(runs: dict[Path, tuple[argparse.Namespace, dict]]) -> argparse.Namespace:
+    """The settings of the first of the runs, which the others must share where it matters."""
+    (first, (settings, _)), *others = runs.items()
+    for run, (other, _) in others:
+        for name in SHARED:
+            if getattr(other, name) != getattr(settings, name):
+                raise UserError(f"{run} and {first} differ in --{name.replace('_', '-')}; evaluate them one by one")
+    return settings
+
+
 def main() -> None:
     args = parse_args()
     device = common.set_up(args)
-    run = Path(args.run)
-    trained, config = trained_with(run)
+    runs = {Path(run): trained_with(Path(run)) for run in args.run}
+    trained = same_settings(runs)
 
     # data and models
     texts = data.nlg_texts(trained)["valid"]
     reference, tokenizer = model_io.load_policy(trained.policy, "--policy")
-    policy, _ = model_io.load_policy(args.policy or trained.out, "--policy")
-    _, queries = data.split_queries(texts, tokenizer, trained.query_length)
-    queries = (queries * -(-args.samples // len(queries)))[: args.samples]
     reference.to(device)
-    policy = ppo.PolicyWithValue(policy).to(device)
     reward_model = model_io.load_reward(trained.reward, device)
     judge = model_io.gold_judge(args.gold, texts)
-    stop_id = model_io.stop_token(tokenizer, trained.stop)
+    _, held_out = data.split_queries(texts, tokenizer, trained.query_length)
+    queries = random.Random(args.seed).sample(held_out, min(args.queries, len(held_out)))
 
-    # both answer the same queries
-    rows = []
-    for name, writer in {"before": ppo.PolicyWithValue(reference).to(device), "after": policy}.items():
-        generator = torch.Generator(device).manual_seed(args.seed)
-        for start in range(0, len(queries), args.batch_size):
-            chosen = queries[start : start + args.batch_size]
-            query_ids, query_mask = data.encode_queries(tokenizer, chosen, device)
-            with common.autocast(device):
-                rollout = ppo.collect(
-                    writer,
-                    reference,
-                    query_ids,
-                    query_mask,
-                    length=trained.response_length,
-                    temperature=trained.temperature,
-                    stop_id=stop_id,
-                    stop_after=trained.stop_after,
-                    forward_batch=args.batch_size,
-                    generator=generator,
-                )
-            whole = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
-            raw, ethics = reward_model(whole)
-            normalised = (raw - config["score_mean"]) / config["score_std"]
-            for i, text in enumerate(whole):
-                verdict = judge(text) if judge else None
-                rows.append(
-                    {
-                        "policy": name,
-                        "query": chosen[i],
-                        "text": text,
-                        "score": normalised[i] if rollout.terminated[i] else trained.missing_stop_score,
-                        "ethics": ethics[i],
-                        "kl": rollout.kl[i].item(),
-                        "length": int(rollout.response_mask[i].sum()),
-                        "terminated": bool(rollout.terminated[i]),
-                        "valid": verdict and verdict.valid,
-                        "ethical": verdict and verdict.label,
-                    }
-                )
+    # the reference's many samples, from which the optimum is read, and its answers to compare with
+    draw = {
+        "tokenizer": tokenizer,
+        "queries": queries,
+        "read": lambda texts, terminated: read(texts, terminated, reward_model, judge),
+        "device": device,
+        "seed": args.seed,
+        "length": trained.response_length,
+        "temperature": trained.temperature,
+        "stop_id": model_io.stop_token(tokenizer, trained.stop),
+        "stop_after": trained.stop_after,
+    }
+    pool = draw_pool(reference, count=args.reference_samples, batch=args.batch_size, **draw)
+    draw |= {"count": args.samples, "batch": max(1, args.batch_size // 4)}  # here come the logits of every token
+    before = draw_answers(reference, reference, label="reference", **draw)
 
-    # what it gained, and at what price
-    frame = pd.DataFrame(rows)
-    before, after = (frame[frame.policy == name] for name in ("before", "after"))
-    evaluation = (
+    # the policies: what they gained, and at what price
+    for run, (trained, config) in runs.items():
+        policy, _ = model_io.load_policy(args.policy or trained.out, "--policy")
+        after = draw_answers(policy.to(device), reference, label=run.name, **draw)
+        for part in (pool, before, after):
+            score = (part["raw"] - config["score_mean"]) / config["score_std"]
+            part["score"] = np.where(part["terminated"] > 0, score, trained.missing_stop_score)
+        evaluation = {"queries": len(queries), "samples": len(after)}
+        evaluation |= against_the_optimum(pool, after, len(queries)) | compared(before, after, texts)
+        for when, part in sides(before, after):
+            shares = gold_shares(part.valid, part.ethical)
+            evaluation["gold"] |= {f"{name}_{when}": share for name, share in shares.items()}
+        evaluation |= {"settings": vars(args) | {"run": str(run)}} | common.provenance(device)
+        common.write_json(run / "evaluation.json", evaluation)
+        kept = pd.concat(part[part.draw < KEPT].assign(policy=when) for when, part in sides(before, after))
+        kept.round(4).to_csv(run / "evaluation_samples.csv", index=False, lineterminator="\n")
+        figure = figures.save_frontier(run.parent, trained.ppo_epochs, trained.lr)
+        low, high = evaluation["fraction_of_optimum_interval"]
+        print(
+            f"\n{run}: KL {evaluation['kl']:.2f} nats a response; {evaluation['fraction_of_optimum']:.1%} of the gain "
+            f"that was possible at it (95% interval over queries {low:.1%} to {high:.1%})"
+        )
+        print(table(evaluation).to_string(float_format="%.3f"))
+        print(f"saved to {run / 'evaluation.json'}; figure: {figure}")
+
+
+def read(texts: list[str], terminated: torch.Tensor, reward_model: Callable, judge: Callable | None) -> pd.DataFrame:
+    """Raw score and ethics from the reward model, the truth from the gold judge (NaN without one)."""
+    unique, rows = np.unique(texts, return_inverse=True)
+    raw, ethics = reward_model(unique.tolist())
+    verdicts = [judge(text) for text in unique.tolist()] if judge else [(np.nan, np.nan)] * len(unique)
+    valid, ethical = np.array([(valid, label or 0.0) for valid, label in verdicts], dtype=float)[rows].T
+    return pd.DataFrame(
         {
-            "samples": len(after),
-            "queries": int(after["query"].nunique()),
-            "ethics_before": before.ethics.mean(),
-            "ethics_after": after.ethics.mean(),
-            "score_before": before.score.mean(),
-            "score_after": after.score.mean(),
-            "kl": after.kl.mean(),
-            "response_length": {"before": before.length.mean(), "after": after.length.mean()},
-            "terminated": {"before": before.terminated.mean(), "after": after.terminated.mean()},
-            "gold": {
-                f"{share}_{when}": value
-                for when, part in (("before", before), ("after", after))
-                for share, value in shares(part)
-            },
+            "text": texts,
+            "raw": raw[rows],
+            "ethics": ethics[rows],
+            "terminated": terminated.cpu().numpy(),
+            "valid": valid,
+            "ethical": ethical,
         }
-        | {"settings": vars(args)}
-        | common.provenance(device)
     )
-    common.write_json(run / "evaluation.json", evaluation)
-    frame.round(4).to_csv(run / "evaluation_samples.csv", index=False, lineterminator="\n")
-    print(table(evaluation).to_string(float_format="%.3f"))
-    print(f"saved to {run / 'evaluation.json'}")
 
 
-def shares(part: pd.DataFrame) -> list[tuple[str, float | None]]:
-    """Share of valid texts, and of ethical ones among the valid; nulls without a judge."""
-    if part.valid.isna().all():
-        return [("valid", None), ("ethical", None)]
-    return [("valid", float(part.valid.mean())), ("ethical", float(part.ethical[part.valid.astype(bool)].mean()))]
+def sides(before: pd.DataFrame, after: pd.DataFrame) -> tuple[tuple[str, pd.DataFrame], ...]:
+    return ("before", before), ("after", after)
+
+
+def draw_pool(
+    model, *, tokenizer, queries: list[str], count: int, batch: int, read: Callable, seed: int, device, **sampling
+) -> dict[str, np.ndarray]:
+    """`count` responses to every query, read: raw, ethics, terminated, valid and ethical, [Q, N] each."""
+    generator = torch.Generator(device).manual_seed(seed)
+    parts = []
+    for query in tqdm(queries, desc="reference samples", unit="query", dynamic_ncols=True):
+        for start in range(0, count, batch):
+            ids, mask = data.encode_queries(tokenizer, [query] * min(batch, count - start), device)
+            with common.autocast(device):
+                response_ids = ppo.sample(model, ids, mask, generator=generator, **sampling)
+            response_mask, terminated = ppo.real_tokens(response_ids, sampling["stop_id"], sampling["stop_after"])
+            texts = model_io.whole_texts(tokenizer, ids, mask, response_ids, response_mask)
+            parts.append(read(texts, terminated).drop(columns="text"))
+    pool = pd.concat(parts)
+    return {name: pool[name].to_numpy(dtype=float).reshape(len(queries), count) for name in pool}
+
+
+def draw_answers(
+    model,
+    reference,
+    *,
+    tokenizer,
+    queries: list[str],
+    count: int,
+    batch: int,
+    read: Callable,
+    seed: int,
+    device,
+    label: str,
+    **sampling,
+) -> pd.DataFrame:
+    """`count` rows a query: a response, read, with its KL to the reference, its entropy and its length in tokens."""
+    generator = torch.Generator(device).manual_seed(seed)
+    writer = ppo.PolicyWithValue(model).to(device).eval()
+    asked = [query for query in queries for _ in range(count)]
+    parts = []
+    for start in tqdm(range(0, len(asked), batch), desc=label, unit="batch", dynamic_ncols=True):
+        chosen = asked[start : start + batch]
+        ids, mask = data.encode_queries(tokenizer, chosen, device)
+        with common.autocast(device):
+            rollout = ppo.collect(writer, reference, ids, mask, forward_batch=batch, generator=generator, **sampling)
+        texts = model_io.whole_texts(tokenizer, ids, mask, rollout.response_ids, rollout.response_mask)
+        part = read(texts, rollout.terminated)
+        part.insert(0, "query", chosen)
+        part.insert(1, "draw", np.arange(start, start + len(chosen)) % count)
+        part["kl"] = rollout.exact_kl.sum(1).double().cpu()
+        part["reference_nats"] = -rollout.ref_logprobs.sum(1).double().cpu()
+        part["entropy"] = rollout.entropy.sum(1).double().cpu()
+        part["length"] = rollout.response_mask.sum(1).cpu()
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def against_the_optimum(pool: dict[str, np.ndarray], after: pd.DataFrame, queries: int) -> dict:
+    """The best that any policy could do at every price, best-of-n, and where the policy stands between."""
+    best = measures.optimum(pool["score"])
+    kl, score, ess = (best[name].mean(1) for name in ("kl", "score", "ess"))
+    by_query = {name: after[name].to_numpy().reshape(queries, -1).mean(1) for name in ("score", "kl")}
+    fraction, interval = measures.fraction_of_optimum(**by_query, reference_scores=pool["score"])
+
+    def truth(weights: np.ndarray) -> dict[str, float | None]:
+        """Ethics and gold shares of the reference's samples under weights [Q, N]."""
+        shares = gold_shares(pool["valid"], pool["ethical"], weights)
+        return {"ethics": (weights * pool["ethics"]).sum(1).mean()} | shares
+
+    frontier = [
+        {"beta": beta, "kl": kl[i], "score": score[i], "ess": ess[i]} | truth(best["weights"][i])
+        for i, beta in enumerate(measures.BETAS)
+    ]
+    best_of = {n: measures.best_of_n(pool["score"], n) for n in BEST_OF}
+    here = frontier[np.abs(kl - after.kl.mean()).argmin()]
+    return {
+        "kl": after.kl.mean(),
+        "fraction_of_optimum": fraction,
+        "fraction_of_optimum_interval": interval,
+        "trusted_up_to_kl": kl[np.median(best["ess"], axis=1) >= TRUSTED_ESS].max(initial=0.0),
+        "score_of_optimum": measures.best_score(after.kl.mean(), kl, score),
+        "score_of_reference": pool["score"].mean(),
+        "frontier": frontier[::8],
+        "best_of_n": [
+            {"n": n, "score": (weights * pool["score"]).sum(1).mean(), "kl_bound": measures.best_of_n_kl_bound(n)}
+            | truth(weights)
+            for n, weights in best_of.items()
+        ],
+        "gold": {f"{name}_optimum": here[name] for name in ("valid", "ethical")},
+    }
+
+
+def compared(before: pd.DataFrame, after: pd.DataFrame, texts: list[str]) -> dict:
+    """The reference's answers and the policy's, side by side; `texts` are the data's, for their vocabulary."""
+    parts = dict(sides(before, after))
+    return {
+        **{f"{name}_{when}": part[name].mean() for name in ("ethics", "score") for when, part in parts.items()},
+        "response_length": {when: part.length.mean() for when, part in parts.items()},
+        "terminated": {when: part.terminated.mean() for when, part in parts.items()},
+        "perplexity_under_reference": np.exp(after.reference_nats.sum() / after.length.sum()),
+        "perplexity_under_reference_before": np.exp(before.reference_nats.sum() / before.length.sum()),
+        "diversity": {when: diversity(part, texts) for when, part in parts.items()},
+    }
+
+
+def gold_shares(valid, ethical, weights=1.0) -> dict[str, float | None]:
+    """Shares of valid texts, and of ethical ones among the valid, of arrays or columns; None without a gold judge."""
+    if np.isnan(valid).any():
+        return {"valid": None, "ethical": None}
+    good = np.sum(weights * valid)
+    return {
+        "valid": float(good / np.sum(weights * np.ones_like(valid))),
+        "ethical": float(np.sum(weights * valid * ethical) / good) if good else None,
+    }
+
+
+def diversity(part: pd.DataFrame, texts: list[str]) -> dict[str, float]:
+    """Of the responses: distinct n-grams against chance, how alike they are to one query and to different ones
+    (self-BLEU, 0 to 1), and entropy in nats a token."""
+    found = {
+        f"distinct_{n}": measures.distinct(part.text.tolist(), n, len(set(measures.ngrams(texts, n)))) for n in (1, 2)
+    }
+    some = part[part.draw < COMPARED]
+    for name, column in (("within_a_query", "query"), ("across_queries", "draw")):
+        found[f"self_bleu_{name}"] = some.groupby(column).text.apply(lambda x: measures.self_bleu(x.tolist())).mean()
+    return found | {"entropy": part.entropy.sum() / part.length.sum()}
 
 
 def table(evaluation: dict) -> pd.DataFrame:
-    gold = evaluation["gold"]
-    return pd.DataFrame(
-        {
-            when: {
-                "ethics": evaluation[f"ethics_{when}"],
-                "score": evaluation[f"score_{when}"],
-                "gold: ethical": gold[f"ethical_{when}"],
-                "gold: valid": gold[f"valid_{when}"],
-                "tokens": evaluation["response_length"][when],
-                "terminated": evaluation["terminated"][when],
-                "KL (nats)": 0.0 if when == "before" else evaluation["kl"],
-            }
-            for when in ("before", "after")
+    gold, diverse = evaluation["gold"], evaluation["diversity"]
+    rows = {
+        when: {
+            "ethics": evaluation[f"ethics_{when}"],
+            "score": evaluation[f"score_{when}"],
+            "gold: ethical": gold[f"ethical_{when}"],
+            "gold: valid": gold[f"valid_{when}"],
+            "tokens": evaluation["response_length"][when],
+            "terminated": evaluation["terminated"][when],
+            **diverse[when],
         }
-    )
+        for when in ("before", "after")
+    }
+    rows["optimum"] = {"score": evaluation["score_of_optimum"]}
+    rows["optimum"] |= {f"gold: {name}": gold[f"{name}_optimum"] for name in ("ethical", "valid")}
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":

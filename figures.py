@@ -74,3 +74,48 @@ def save_improvement(results: Path, epochs: int, lr: float) -> Path | None:
         figure.savefig(path, metadata={"Software": None})
         plt.close(figure)
     return path
+
+
+def load_evaluations(folders: list[Path]) -> dict[Path, dict]:
+    """evaluation.json of those folders that have one."""
+    return {
+        folder: json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        for folder in folders
+        if (folder / "evaluation.json").exists()
+    }
+
+
+def draw_frontier(axes, evaluations: dict[Path, dict]) -> None:
+    """Score against KL: what is possible, best-of-n, and every run's way and end."""
+    first = next(iter(evaluations.values()))
+    frontier, best_of = pd.DataFrame(first["frontier"]).sort_values("kl"), pd.DataFrame(first["best_of_n"])
+    known = frontier[frontier.kl <= first["trusted_up_to_kl"]]
+    axes.plot(known.kl, known.score, color=GREY, linewidth=2.5, label="the optimum, estimated")
+    axes.plot(frontier.kl, frontier.score, ":", color=GREY, linewidth=1.5)
+    axes.plot(best_of.kl_bound, best_of.score, "s", color=ORANGE, markersize=5, label="best of n, at its KL's bound")
+    for row in best_of.itertuples():
+        axes.annotate(row.n, (row.kl_bound, row.score), (5, -12), textcoords="offset points", color=ORANGE, fontsize=8)
+    for i, (folder, evaluation) in enumerate(evaluations.items()):
+        log = pd.read_csv(folder / "log.csv").rolling(5, min_periods=1).mean(numeric_only=True)
+        axes.plot(log.kl, log.score, color=BLUE, linewidth=0.8, alpha=0.5, label=None if i else "PPO, while it trains")
+        end = {"label": None if i else "PPO, at the end, held-out queries", "markeredgecolor": "white", "zorder": 3}
+        axes.plot(evaluation["kl"], evaluation["score_after"], "o", color=BLUE, markersize=8, **end)
+    axes.set_xlim(-0.05, 1.15 * max([best_of.kl_bound.max(), *(run["kl"] for run in evaluations.values())]))
+    axes.set_xlabel("KL to the reference (nats a response)")
+    axes.set_ylabel("score (deviations of the reference)")
+    axes.legend(loc="lower right")
+
+
+def save_frontier(results: Path, epochs: int, lr: float) -> Path | None:
+    """data_results/fig_frontier_K<K>_lr_<lr>.png, of the evaluated runs with these settings."""
+    evaluations = load_evaluations([results / name for name in load_runs(results, epochs, lr)])
+    if not evaluations:
+        return None
+    path = results / f"fig_frontier_K{epochs}_lr_{short(lr)}.png"
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        draw_frontier(axes, evaluations)
+        axes.set_title("What PPO gained, and what was possible at the same KL", fontsize=11)
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+    return path

@@ -2,7 +2,7 @@
 
     python finetuning_nlg.py                                # models/nlg + models/cls -> models/nlg_ppo
     python finetuning_nlg.py --policy gpt2 --reward lvwerra/distilbert-imdb --data stanfordnlp/imdb \\
-        --batch-size 512 --minibatches 1 --lr 1e-5 --kl-coef 0.15 --target-kl 6
+        --batch-size 512 --minibatches 1 --optimizer adam --lr 1e-5 --kl-coef 0.15 --target-kl 6
 
 Every update: queries -> rollout -> score -> reward -> advantages -> update -> log. Writes the policy to --out, and
 to data_results/<run>/ config.json, log.csv, samples.csv; the figure data_results/fig_K<K>_lr_<lr>.png shows all runs
@@ -66,17 +66,24 @@ def parse_args() -> argparse.Namespace:
     learning.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
     learning.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
     learning.add_argument("--ppo-epochs", type=COUNT, default=2, help="K, passes over a batch")
-    learning.add_argument("--lr", type=POSITIVE, default=5e-4, help="learning rate, falling to 0")
+    learning.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate, falling to 0")
+    learning.add_argument(
+        "--optimizer",
+        choices=("muon", "adam"),
+        default="muon",
+        help="muon learns a small model faster; adam, at a third of the learning rate or less, is [3]'s",
+    )
     learning.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
     learning.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
     learning.add_argument("--value-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
     learning.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
     learning.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
     learning.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
-    learning.add_argument("--forward-batch", type=COUNT, default=256, help="rows in a model at once; saves memory")
+    learning.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; saves memory")
     output = parser.add_argument_group("output")
     output.add_argument("--run", help="name of the run folder (default: K<K>_lr_<lr>_seed<seed>)")
     output.add_argument("--results", default="data_results", help="where run folders are")
+    common.add_gold_flag(output)
     output.add_argument("--tensorboard", action="store_true", help="write TensorBoard events to the run folder too")
     common.add_machine_flags(parser)
     args = parser.parse_args()
@@ -109,9 +116,10 @@ def main() -> None:
     reference.to(device).requires_grad_(False)
     policy = ppo.PolicyWithValue(copy.deepcopy(reference).requires_grad_(True), args.separate_value).to(device).eval()
     reward_model = model_io.load_reward(args.reward, device)
+    judge = model_io.gold_judge(args.gold, texts)  # it is logged, and nothing learns from it
     queries, _ = data.split_queries(texts, tokenizer, args.query_length)
     batches = endless(queries, args.batch_size, args.seed)
-    optimizer = ppo.make_optimizer(policy, args.lr)
+    optimizers = ppo.make_optimizers(policy, args.lr, muon=args.optimizer == "muon")
     sampling = {
         "length": args.response_length,
         "temperature": args.temperature,
@@ -134,8 +142,9 @@ def main() -> None:
     bar = tqdm(range(1, updates + 1), desc=args.run, unit="update", dynamic_ncols=True)
     for update in bar:
         clock = [time.perf_counter()]
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - (update - 1) / updates)
+        lr = args.lr * (1 - (update - 1) / updates)
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+            group["lr"] = lr
 
         query_ids, query_mask = data.encode_queries(tokenizer, next(batches), device)
         with common.autocast(device):
@@ -163,7 +172,7 @@ def main() -> None:
         with common.autocast(device):
             statistics = ppo.update(
                 policy,
-                optimizer,
+                optimizers,
                 rollout,
                 ppo.whiten(advantages, mask),
                 returns,
@@ -193,17 +202,18 @@ def main() -> None:
             "kl": kl,
             "kl_coef": kl_coef,
             "reward": scores.mean().item() - kl_coef * kl,
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": lr,
             **statistics,
             **of_rollout(rollout, returns),
+            **{f"gold_{name}": share for name, share in model_io.gold_shares(judge, texts).items()},
             **timings(clock, args.batch_size),
         }
         append_rows(folder / "log.csv", [row])
         if update % SAMPLE_EVERY in (0, 1) or update == updates:
             append_rows(folder / "samples.csv", samples(update, texts, rollout, scores, ethics, tokenizer))
         if writer:
-            for name, value in row.items():
-                writer.add_scalar(name, value, update)
+            for name in (name for name, value in row.items() if value is not None):  # the gold judge may be silent
+                writer.add_scalar(name, row[name], update)
         bar.set_postfix_str(
             f"ethics {row['ethics']:.3f}, improvement {row['improvement_ma']:+.3f}, KL {kl:.2f}, "
             f"{row['episodes_per_second']:.0f} episodes/s"

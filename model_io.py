@@ -99,8 +99,14 @@ _MADE_BY = {
 
 
 def load_policy(name: str, flag: str):
+    """A causal language model and its tokenizer."""
     model, tokenizer = load_pretrained(AutoModelForCausalLM, name, flag)
-    return model.eval(), tokenizer
+    ids = torch.arange(2).unsqueeze(0)
+    with torch.no_grad():
+        plain, states = model.eval()(ids).logits, model.base_model(ids).last_hidden_state
+        if not torch.allclose(model.get_output_embeddings()(states), plain, atol=1e-4):
+            raise UserError(f"{flag} {name}: PPO needs logits that are the output layer of the last hidden states")
+    return model, tokenizer
 
 
 def stop_token(tokenizer, stop: str | None) -> int:

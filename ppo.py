@@ -8,8 +8,9 @@ References
 [5] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv 1506.02438
 
 Shapes: B sequences, Q query tokens (padded on the left), R response tokens (padded on the right, behind the stop
-token), T = Q + R, V vocabulary. Masks are 1 on real tokens and 0 on padding. Log-probabilities, entropies and KL are
-in nats. The policy is always softmax(logits / temperature): when sampling, for the reference and in the update.
+token), T = Q + R, N the real response tokens of all sequences, one after the other, V vocabulary, H hidden size. Masks
+are 1 on real tokens and 0 on padding. Log-probabilities, entropies and KL are in nats. The policy is always
+softmax(logits / temperature): when sampling, for the reference and in the update.
 """
 
 import copy
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Rollout:
     exact_kl: Tensor  # [B, R], KL(policy, reference) of the next token over the whole vocabulary
     entropy: Tensor  # [B, R], of the policy at every token
     values: Tensor  # [B, R], expected return before the token is chosen
-    ref_distribution: Tensor  # [B, R, V], the reference's log-probabilities of every token
+    ref_distribution: Tensor  # [N, V], the reference's log-probabilities of the whole vocabulary
 
     @property
     def kl(self) -> Tensor:
@@ -57,12 +59,13 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, ids: Tensor, mask: Tensor, length: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """ids, mask [B, T] -> logits / temperature [B, R, V] and values [B, R], R = length, in float32."""
-        logits, hidden = response_logits(self.model, ids, mask, length, temperature)
+    def forward(self, ids: Tensor, mask: Tensor, response_mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """ids, mask [B, T], response_mask [B, R] -> logits / temperature [N, V] and values [N], in float32."""
+        states = response_states(self.model, ids, mask, response_mask)
+        logits = token_logits(self.model, states, temperature)
         if self.value_model is not None:
-            _, hidden = response_logits(self.value_model, ids, mask, length, temperature)
-        return logits, self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+            states = response_states(self.value_model, ids, mask, response_mask)
+        return logits, self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -70,24 +73,22 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def response_logits(model, ids: Tensor, mask: Tensor, length: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """ids, mask [B, T] -> logits / temperature [B, R, V] that predict the last R tokens, and hidden states [B, R, H].
+def response_states(model, ids: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
+    """ids, mask [B, T], response_mask [B, R] -> hidden states [N, H] from which the real response tokens are predicted.
 
-    Only the R + 1 last positions meet the vocabulary: the logits before a response token are those that chose it.
+    They are those one position before: only they need to meet the vocabulary.
     """
-    out = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        logits_to_keep=length + 1,
-        output_hidden_states=True,
-        use_cache=False,
-    )
-    return out.logits[:, :-1].float() / temperature, out.hidden_states[-1][:, -length - 1 : -1]
+    out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
+    return out.last_hidden_state[:, -response_mask.shape[1] - 1 : -1][response_mask.bool()]
+
+
+def token_logits(model, states: Tensor, temperature: float) -> Tensor:
+    """Hidden states [N, H] -> logits / temperature [N, V]."""
+    return model.get_output_embeddings()(states).float() / temperature
 
 
 def of_tokens(logp: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities [B, R, V] of all tokens -> those of ids, [B, R]."""
+    """Log-probabilities [N, V] of the whole vocabulary -> those of ids [N], [N]."""
     return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
@@ -168,7 +169,6 @@ def collect(
     The log-probabilities come from the forward pass of the update, not from the sampler: in low precision the two
     differ, and the ratio would not start at 1.
     """
-    parts, ref_distribution = [], []
     response_ids = sample(
         policy.model,
         query_ids,
@@ -181,33 +181,37 @@ def collect(
     )
     mask, terminated = real_tokens(response_ids, stop_id, stop_after)
     ids, full_mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, mask], 1)
+    parts, ref_distribution = [], []
     for rows in torch.arange(len(ids), device=ids.device).split(forward_batch):
-        logits, values = policy(ids[rows], full_mask[rows], mask.shape[1], temperature)
-        ref_logits, _ = response_logits(reference, ids[rows], full_mask[rows], mask.shape[1], temperature)
-        logp, ref_logp = log_softmax(logits, -1), log_softmax(ref_logits, -1)
+        logits, values = policy(ids[rows], full_mask[rows], mask[rows], temperature)
+        ref_states = response_states(reference, ids[rows], full_mask[rows], mask[rows])
+        logp, ref_logp = log_softmax(logits, -1), log_softmax(token_logits(reference, ref_states, temperature), -1)
+        chosen = response_ids[rows][mask[rows].bool()]
+        parts.append((of_tokens(logp, chosen), of_tokens(ref_logp, chosen), *kl_and_entropy(logp, ref_logp), values))
         ref_distribution.append(ref_logp)
-        parts.append(
-            (
-                of_tokens(logp, response_ids[rows]),
-                of_tokens(ref_logp, response_ids[rows]),
-                kl_divergence(logp, ref_logp),
-                -(logp.exp() * logp).sum(-1),
-                values,
-            )
-        )
-    per_token = (torch.cat(part) * mask for part in zip(*parts, strict=True))
+    per_token = [torch.cat(part) for part in zip(*parts, strict=True)]
+    nothing = torch.zeros(mask.shape, device=ids.device)
+    per_token = [nothing.masked_scatter(mask.bool(), part) for part in per_token]
     return Rollout(query_ids, query_mask, response_ids, mask, terminated, *per_token, torch.cat(ref_distribution))
 
 
-def kl_divergence(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL(policy, reference) [B, R] of two distributions given as log-probabilities [B, R, V]."""
-    return (logp.exp() * (logp - ref_logp)).sum(-1)
+def kl_and_entropy(logp: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(policy, reference) and the policy's entropy [N] of distributions given as log-probabilities [N, V]."""
+    p = logp.exp()
+    entropy = -dot(p, logp)
+    return -entropy - dot(p, ref_logp), entropy
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of x * y [N, V] over the vocabulary, [N]; under autocast it would be one in low precision."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.linalg.vecdot(x, y)
 
 
 class _LogprobAndKl(torch.autograd.Function):
-    """of_tokens(log_softmax(logits), ids) and kl_divergence(log_softmax(logits), ref_logp), [B, R] each.
+    """of_tokens(log_softmax(logits), ids) and the KL of log_softmax(logits) to ref_logp, [N] each.
 
-    The same numbers and gradients as those two with fewer passes over memory: the [B, R, V] tensors are what an update
+    The same numbers and gradients as autograd's with fewer passes over memory: the [N, V] tensors are what an update
     of a small model spends its time on. With p = softmax(logits): d logp_i / d logits = onehot_i - p, and
     d KL / d logits = p * (logp - ref_logp - KL).
     """
@@ -216,7 +220,7 @@ class _LogprobAndKl(torch.autograd.Function):
     def forward(ctx, logits: Tensor, ids: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
         logp = log_softmax(logits, -1)
         chosen, p, difference = of_tokens(logp, ids), logp.exp(), logp.sub_(ref_logp)
-        kl = torch.linalg.vecdot(p, difference)
+        kl = dot(p, difference)
         ctx.save_for_backward(p, difference, kl, ids)
         return chosen, kl
 
@@ -228,7 +232,7 @@ class _LogprobAndKl(torch.autograd.Function):
 
 
 def logprob_and_kl(logits: Tensor, ids: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [B, R, V], ids [B, R], ref_logp [B, R, V] -> log-probabilities of ids and KL to the reference, [B, R]."""
+    """logits [N, V], ids [N], ref_logp [N, V] -> log-probabilities of ids and KL to the reference, [N]."""
     return _LogprobAndKl.apply(logits, ids, ref_logp)
 
 
@@ -314,28 +318,41 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episo
     return kl_coef * (1 + error * episodes / horizon)
 
 
-def make_optimizer(policy: nn.Module, lr: float) -> torch.optim.Adam:
-    return torch.optim.Adam(policy.parameters(), lr=lr, eps=ADAM_EPS, betas=ADAM_BETAS)
+def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the linear layers inside a transformer, without embeddings and heads."""
+    return [layer.weight for layer in model.base_model.modules() if isinstance(layer, (nn.Linear, Conv1D))]
 
 
 ADAM_EPS, ADAM_BETAS = 1e-5, (0.9, 0.999)
 
 
-def optimizer_step(optimizer: torch.optim.Adam, step: int) -> None:
-    """Step number `step` (from 1) of Adam as TensorFlow defines it, which [3] used.
+def make_optimizers(policy: PolicyWithValue, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """Adam as in [3]; with `muon`, Muon for the policy's inner matrices, and Adam for the rest."""
+    matrices = inner_matrices(policy.model) if muon else []
+    chosen = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in policy.parameters() if id(parameter) not in chosen]
+    adam = torch.optim.Adam(others, lr=lr, eps=ADAM_EPS, betas=ADAM_BETAS)
+    if not muon:
+        return [adam]
+    return [adam, torch.optim.Muon(matrices, lr=lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
+
+
+def optimizer_step(optimizers: list[torch.optim.Optimizer], step: int) -> None:
+    """Step number `step` (from 1), of Adam as TensorFlow defines it, which [3] used.
 
     TensorFlow adds eps before the second moment's bias is corrected, PyTorch after; eps / sqrt(1 - beta2^step) makes
     PyTorch's Adam the same. Early steps are several times smaller that way.
     """
-    for group in optimizer.param_groups:
+    for group in optimizers[0].param_groups:
         group["eps"] = ADAM_EPS / math.sqrt(1 - ADAM_BETAS[1] ** step)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def update(
     policy: PolicyWithValue,
-    optimizer: torch.optim.Adam,
+    optimizers: list[torch.optim.Optimizer],
     rollout: Rollout,
     advantages: Tensor,
     returns: Tensor,
@@ -360,24 +377,26 @@ def update(
     ids = torch.cat([rollout.query_ids, rollout.response_ids], 1)
     mask = rollout.response_mask
     full_mask = torch.cat([rollout.query_mask, mask], 1)
+    place = (mask.flatten().cumsum(0) - 1).view(mask.shape)  # of a token among the N real ones
     sums, first, step = {}, None, steps_done
     for _ in range(epochs):
         order = torch.randperm(len(ids), generator=generator, device=ids.device)
         for minibatch in order.chunk(minibatches):
             tokens = mask[minibatch].sum()
             for rows in minibatch.split(forward_batch):
-                real = mask[rows]
-                logits, values = policy(ids[rows], full_mask[rows], real.shape[1], temperature)
-                logprobs, kl = logprob_and_kl(logits, rollout.response_ids[rows], rollout.ref_distribution[rows])
-                old_logprobs = rollout.logprobs[rows]
-                policy_losses, ratio = policy_loss(logprobs, old_logprobs, advantages[rows], clip_range)
-                value_losses, value_clipped = value_loss(values, rollout.values[rows], returns[rows], value_clip_range)
-                losses = policy_losses + value_coef * value_losses + kl_weight * kl
-                loss = (losses * real).sum() / tokens
+                real = mask[rows].bool()
+                tokens_of = [x[rows][real] for x in (rollout.response_ids, rollout.logprobs, rollout.values)]
+                response_ids, old_logprobs, old_values = tokens_of
+                ref_logp = rollout.ref_distribution[place[rows][real]]
+                logits, values = policy(ids[rows], full_mask[rows], mask[rows], temperature)
+                logprobs, kl = logprob_and_kl(logits, response_ids, ref_logp)
+                policy_losses, ratio = policy_loss(logprobs, old_logprobs, advantages[rows][real], clip_range)
+                value_losses, value_clipped = value_loss(values, old_values, returns[rows][real], value_clip_range)
+                loss = (policy_losses + value_coef * value_losses + kl_weight * kl).sum() / tokens
                 loss.backward()
                 with torch.no_grad():
                     if first is None:
-                        first = ((ratio - 1).abs() * real).max().item()
+                        first = (ratio - 1).abs().max().item()
                     for name, x in {
                         "policy_loss": policy_losses,
                         "value_loss": value_losses,
@@ -385,8 +404,8 @@ def update(
                         "clip_fraction": (ratio - 1).abs() > clip_range,
                         "value_clip_fraction": value_clipped,
                     }.items():
-                        sums[name] = sums.get(name, 0.0) + (x * real).sum() / tokens
+                        sums[name] = sums.get(name, 0.0) + x.sum() / tokens
             step += 1
-            optimizer_step(optimizer, step)
+            optimizer_step(optimizers, step)
     means = {name: (total / (epochs * minibatches)).item() for name, total in sums.items()}
     return means | {"ratio_deviation_first": first}

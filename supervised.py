@@ -1,16 +1,19 @@
 """The supervised training loop of train_cls.py and train_nlg.py."""
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from common import UserError, autocast
+from ppo import inner_matrices
+
+LEARNED = 0.05  # nats: the loss below which a row counts as learned
 
 
 def encode(tokenizer, texts: list[str], max_length: int, end: bool = False) -> list[list[int]]:
@@ -41,8 +44,7 @@ def make_optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim
 
     Whether an act is right depends on two things together, which a small new model is slow to see; Muon hurries it.
     """
-    layers = [module for module in model.base_model.modules() if isinstance(module, (nn.Linear, Conv1D))]
-    matrices = [layer.weight for layer in layers] if muon else []
+    matrices = inner_matrices(model) if muon else []
     chosen = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -51,13 +53,20 @@ def make_optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim
     return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
-def shuffled_batches(lengths: list[int], batch_size: int, order: np.random.Generator) -> list[np.ndarray]:
-    """Row numbers in random batches of rows of similar length, so that little of a batch is padding."""
-    rows = order.permutation(len(lengths))
-    pools = np.array_split(rows, max(1, len(rows) // (8 * batch_size)))
-    rows = np.concatenate([sorted(pool, key=lambda row: lengths[row]) for pool in pools])
-    batches = np.array_split(rows, -(-len(rows) // batch_size))
-    return [batches[i] for i in order.permutation(len(batches))]
+def endless_batches(
+    lengths: np.ndarray, losses: np.ndarray, batch_size: int, revisit: float, order: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Row numbers in random batches of rows of similar length, so that little of a batch is padding; pass after pass.
+
+    Of the rows whose last loss says that they are learned, a pass takes only the share `revisit`.
+    """
+    while True:
+        rows = np.flatnonzero((losses > LEARNED) | (order.random(len(losses)) < revisit))
+        rows = order.permutation(rows if len(rows) else len(losses))
+        pools = np.array_split(rows, max(1, len(rows) // (8 * batch_size)))
+        rows = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+        batches = np.array_split(rows, -(-len(rows) // batch_size))
+        yield from (batches[i] for i in order.permutation(len(batches)))
 
 
 def fit(
@@ -74,10 +83,12 @@ def fit(
     seed: int,
     decay: float,
     label: str,
+    revisit: float = 1.0,
 ) -> list[dict[str, float]]:
-    """Train `model` on batches of row numbers, given every row's length.
+    """Train `model` on batches of row numbers, given every row's length and the loss of such a batch or of its rows.
 
-    The learning rate rises over the first twentieth of the steps, and falls to 0 over the last part, `decay`, of them.
+    An epoch is as many steps as all rows fill. The learning rate rises over the first twentieth of the steps, and
+    falls to 0 over the last part, `decay`, of them.
     Returns what `validate` said after every epoch; the model ends with the weights whose "loss" was lowest.
     """
     optimizers = make_optimizers(model, lr, muon)
@@ -88,22 +99,24 @@ def fit(
         return min((step + 1) / (0.05 * steps + 1), 1, (1 - step / steps) / decay)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
-    order = np.random.default_rng(seed)
+    losses = np.full(len(lengths), np.inf)
+    batches = endless_batches(np.array(lengths), losses, batch_size, revisit, np.random.default_rng(seed))
     history, best = [], None
     with tqdm(total=steps, desc=label, unit="step", dynamic_ncols=True) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
             total = 0.0
-            for count, batch in enumerate(shuffled_batches(lengths, batch_size, order), 1):
+            for count, batch in enumerate(itertools.islice(batches, per_epoch), 1):
                 with autocast(device):
-                    loss = loss_of(batch)
-                loss.backward()
+                    row_losses = loss_of(batch)
+                row_losses.mean().backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for optimizer, schedule in zip(optimizers, schedules, strict=True):
                     optimizer.step()
                     schedule.step()
                     optimizer.zero_grad()
-                total += loss.item()
+                losses[batch] = row_losses.detach().cpu()
+                total += losses[batch].mean()
                 bar.set_postfix_str(f"epoch {epoch}/{epochs}, loss {total / count:.3f}", refresh=False)
                 bar.update()
             model.eval()

@@ -1,7 +1,7 @@
 """Fit the ethics classifier, which becomes the reward model.
 
-    python train_cls.py                                     # the shipped data, a small GPT-2 from scratch
-    python train_cls.py --model models/nlg --optimizer muon # the same from the generator: faster, as [1] does it
+    python train_cls.py                                                     # a small GPT-2 from scratch
+    python train_cls.py --model models/nlg --optimizer muon --revisit 0.1   # from the generator, as [1] does it
     python train_cls.py --model roberta-base --lr 2e-5 --epochs 3 --batch-size 32 \\
         --data ethics.csv --text-column input --positive-label 0
 
@@ -49,11 +49,17 @@ def parse_args() -> argparse.Namespace:
     )
     training.add_argument("--lm-lr", type=common.POSITIVE, default=6e-3, help="peak learning rate of these")
     training.add_argument("--batch-size", type=common.COUNT, default=32, help="texts per step")
-    training.add_argument("--lr", type=common.POSITIVE, default=2e-3, help="peak learning rate")
+    training.add_argument("--lr", type=common.POSITIVE, default=1e-3, help="peak learning rate")
     training.add_argument(
         "--optimizer",
         choices=("adamw", "muon"),
         help="default: muon for scratch, which it teaches faster; otherwise adamw",
+    )
+    training.add_argument(
+        "--revisit",
+        type=common.FRACTION,
+        help="share of the learned texts that a pass goes through again (default: 0.1 for scratch, otherwise 1); "
+        "where labels have no noise this gives the hard texts the time",
     )
     training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
     common.add_machine_flags(parser)
@@ -162,7 +168,7 @@ def main() -> None:
     def loss(batch: np.ndarray) -> torch.Tensor:
         inputs, mask = supervised.pad([ids[i] for i in batch], tokenizer.pad_token_id, device)
         logits = model(input_ids=inputs, attention_mask=mask).logits.float()
-        return cross_entropy(logits, labels[batch].long())
+        return cross_entropy(logits, labels[batch].long(), reduction="none")
 
     def validate() -> dict[str, float]:
         scores = model_io.log_odds(model, tokenizer, valid[0], device)
@@ -178,6 +184,7 @@ def main() -> None:
         lr=args.lr,
         decay=0.3,
         label="classifier",
+        revisit=args.revisit if args.revisit is not None else (0.1 if scratch else 1.0),
         **shared,
     )
 

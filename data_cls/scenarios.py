@@ -894,9 +894,12 @@ def fill(sentences: tuple[str, ...], values: dict[str, str]) -> str:
 
 
 @functools.cache
-def patterns() -> list[tuple[re.Pattern, tuple[str, ...], int]]:
-    """Every kind of text, with and without its last sentence, as a pattern whose groups are its slots."""
-    found = []
+def patterns() -> dict[str, list[tuple[re.Pattern, tuple[str, ...], int]]]:
+    """Every kind of text, with and without its last sentence, as a pattern whose groups are its slots.
+
+    They stand under their last word, "" where that is a slot: few are left to try for a text.
+    """
+    found = {}
     for kind in (kind for frames in FRAMES.values() for frame in frames for kind in kinds(frame)):
         choices = kind.pools | {name: tuple({pronouns({"A": who})[name] for who in PEOPLE}) for name in PRONOUNS}
         for count in sorted({2, len(kind.sentences)}):
@@ -906,13 +909,19 @@ def patterns() -> list[tuple[re.Pattern, tuple[str, ...], int]]:
                 if name:
                     pattern += f"(?P={name})" if name in seen else f"(?P<{name}>{'|'.join(choices[name])})"
                     seen.add(name)
-            found.append((re.compile(pattern), kind.sentences[:count], kind.label))
+            last = last_word(kind.sentences[count - 1])
+            same_end = found.setdefault("" if "{" in last else last, [])
+            same_end.append((re.compile(pattern), kind.sentences[:count], kind.label))
     return found
+
+
+def last_word(text: str) -> str:
+    return text.rsplit(" ", 1)[-1]
 
 
 def judge(text: str) -> Verdict:
     """The gold judge: is this a whole text of this world with agreeing slots, and is what it tells ethical?"""
-    for pattern, sentences, label in patterns():
+    for pattern, sentences, label in [*patterns().get(last_word(text), ()), *patterns().get("", ())]:
         match = pattern.fullmatch(text)
         if match:
             values = {name: value for name, value in match.groupdict().items() if name not in PRONOUNS}

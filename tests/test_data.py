@@ -1,5 +1,8 @@
 """Queries, splits and scores: what they are cut from and what they mean."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -120,11 +123,30 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     assert found["perplexity"] == pytest.approx(len(tokenizer), rel=1e-4)
 
 
-def test_every_row_is_in_one_batch():
-    lengths = list(np.random.default_rng(0).integers(1, 40, 1003))
-    batches = supervised.shuffled_batches(lengths, 32, np.random.default_rng(0))
+def a_pass(lengths, losses, revisit):
+    """The batches of one pass, of 32 rows at most."""
+    batches = supervised.endless_batches(lengths, losses, 32, revisit, np.random.default_rng(0))
+    return list(itertools.islice(batches, math.ceil(len(losses) / 32)))
+
+
+def test_every_row_is_in_one_batch_of_a_pass():
+    lengths = np.random.default_rng(0).integers(1, 40, 1003)
+    batches = a_pass(lengths, np.full(1003, np.inf), revisit=1.0)
     assert sorted(np.concatenate(batches)) == list(range(1003))
     assert max(map(len, batches)) <= 32
+
+
+def test_learned_rows_are_revisited_now_and_then():
+    lengths, losses = np.full(1000, 5), np.where(np.arange(1000) < 900, 0.01, 1.0)
+    batches = supervised.endless_batches(lengths, losses, 32, 0.2, np.random.default_rng(0))
+    visits = np.bincount(np.concatenate(list(itertools.islice(batches, 500))), minlength=1000)
+    assert visits[900:].min() > 0 and visits[900:].max() - visits[900:].min() <= 1  # all of these in every pass
+    assert visits[:900].mean() / visits[900:].mean() == pytest.approx(0.2, rel=0.05)
+
+
+def test_when_all_rows_are_learned_a_pass_takes_all():
+    rows = np.concatenate(a_pass(np.full(64, 5), np.zeros(64), revisit=0.0))
+    assert sorted(rows) == list(range(64))
 
 
 @pytest.mark.parametrize(("lr", "name"), [(1e-6, "1e-6"), (5e-4, "5e-4"), (1.5e-5, "1.5e-5"), (1.0, "1e0")])

@@ -45,8 +45,8 @@ def one_update(policy, rollout, advantages, returns, **changes):
         steps_done=0,
         generator=generator(),
     )
-    optimizer = ppo.make_optimizer(policy, changes.pop("lr", 1e-3))
-    return ppo.update(policy, optimizer, rollout, advantages, returns, **(settings | changes))
+    optimizers = ppo.make_optimizers(policy, changes.pop("lr", 1e-3), muon=False)
+    return ppo.update(policy, optimizers, rollout, advantages, returns, **(settings | changes))
 
 
 # formulas
@@ -141,8 +141,20 @@ def test_real_tokens_end_with_the_first_stop():
 def test_kl_divergence_of_two_coins():
     # 3/4 against 1/2: 3/4 ln(3/2) + 1/4 ln(1/2)
     fair, bent = tensor([[[0.5, 0.5]]]).log(), tensor([[[0.75, 0.25]]]).log()
-    assert ppo.kl_divergence(bent, fair).item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))
-    assert ppo.kl_divergence(fair, fair).item() == 0
+    kl, entropy = ppo.kl_and_entropy(bent, fair)
+    assert kl.item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))
+    assert entropy.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert ppo.kl_and_entropy(fair, fair)[0].item() == pytest.approx(0, abs=1e-7)
+
+
+def test_kl_keeps_its_precision_under_autocast():
+    torch.manual_seed(0)
+    logp, ref_logp = torch.randn(2, 4, 500).log_softmax(-1)
+    exact = ppo.kl_and_entropy(logp, ref_logp)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(ppo.kl_and_entropy(logp, ref_logp), exact, atol=1e-6, rtol=0)
+        _, kl = ppo.logprob_and_kl(logp, torch.zeros(4).long(), ref_logp)
+    torch.testing.assert_close(kl, exact[0], atol=1e-5, rtol=0)
 
 
 def test_logprob_and_kl_are_what_autograd_makes_of_their_formulas():
@@ -173,13 +185,13 @@ def test_adam_is_tensorflows(steps):
     gradients, x, m, v = [0.5, -2e-4, 1e-5], 1.0, 0.0, 0.0
     parameter = torch.nn.Parameter(tensor([1.0], dtype=torch.float64))
     layer = torch.nn.ParameterList([parameter])
-    optimizer = ppo.make_optimizer(layer, lr=0.1)
+    optimizers = ppo.make_optimizers(layer, lr=0.1, muon=False)
     for t in range(1, steps + 1):
         g = gradients[t - 1]
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         x -= 0.1 * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (math.sqrt(v) + 1e-5)
         parameter.grad = tensor([g], dtype=torch.float64)
-        ppo.optimizer_step(optimizer, t)
+        ppo.optimizer_step(optimizers, t)
     assert parameter.item() == pytest.approx(x, abs=1e-12)
 
 
@@ -188,10 +200,11 @@ def test_adam_is_tensorflows(steps):
 
 def test_left_padding_changes_no_log_probability(tiny_model):
     query, response = tensor([[1, 2]]), tensor([[3, 4, 5]])
-    alone, _ = ppo.response_logits(tiny_model, torch.cat([query, response], 1), torch.ones(1, 5).long(), 3, 0.7)
+    alone = ppo.response_states(tiny_model, torch.cat([query, response], 1), torch.ones(1, 5).long(), torch.ones(1, 3))
     padded_ids = torch.cat([tensor([[7, 7, 7]]), query, response], 1)
     padded_mask = tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-    padded, _ = ppo.response_logits(tiny_model, padded_ids, padded_mask, 3, 0.7)
+    padded = ppo.response_states(tiny_model, padded_ids, padded_mask, torch.ones(1, 3))
+    padded, alone = (ppo.token_logits(tiny_model, states, 0.7).log_softmax(-1) for states in (padded, alone))
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
 
 
@@ -350,16 +363,26 @@ def test_a_separate_value_network_leaves_the_policy_alone(tiny_model):
     assert any(name.startswith("value_model.") for name in changed)
 
 
-@pytest.mark.parametrize("kl", ["exact", "sampled"])
-def test_ppo_finds_the_best_policy_at_a_price(tiny_model, kl):
+def test_muon_moves_the_inner_matrices_and_adam_the_rest(tiny_model):
+    policy = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval()
+    adam, muon = ppo.make_optimizers(policy, 1e-3, muon=True)
+    of_muon, of_adam = ({id(p) for group in one.param_groups for p in group["params"]} for one in (muon, adam))
+    assert of_muon | of_adam == {id(p) for p in policy.parameters()} and not of_muon & of_adam
+    names = {name for name, p in policy.named_parameters() if id(p) in of_muon}
+    kinds = {name.split(".h.")[1].split(".", 1)[1] for name in names}
+    assert kinds == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+
+
+@pytest.mark.parametrize(("kl", "muon"), [("exact", True), ("exact", False), ("sampled", False)])
+def test_ppo_finds_the_best_policy_at_a_price(tiny_model, kl, muon):
     """A score that depends on two tokens: the best policy is reference * exp(score / kl_coef) / Z, known exactly."""
     kl_coef, temperature = 0.5, 1.0
     policy, reference = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval(), copy.deepcopy(tiny_model)
-    optimizer, draws = ppo.make_optimizer(policy, 1e-3), generator()
+    optimizers, draws = ppo.make_optimizers(policy, 1e-3, muon), generator()
     queries, mask = tensor([[1, 2]]).repeat(256, 1), torch.ones(256, 2).long()
     steps = 60
     for step in range(steps):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 3e-3 * (1 - step / steps)
         rollout = ppo.collect(
             policy,
@@ -382,7 +405,7 @@ def test_ppo_finds_the_best_policy_at_a_price(tiny_model, kl):
         scale = ppo.masked_std(advantages, rollout.response_mask)
         ppo.update(
             policy,
-            optimizer,
+            optimizers,
             rollout,
             ppo.whiten(advantages, rollout.response_mask),
             returns,

@@ -58,6 +58,9 @@ def write_csv(path, rows, columns=("text", "label")):
     return path
 
 
+TINY_EVALUATION = "--run data_results/K2_lr_1e-3_seed0 --queries 4 --samples 8 --reference-samples 64".split()
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
     """train_cls, train_nlg, finetuning_nlg and evaluate_nlg on a small part of the shipped data."""
@@ -76,7 +79,7 @@ def chain(tmp_path_factory):
         "cls": run("train_cls", "--epochs", 1, "--lm-epochs", 1, cwd=home),
         "nlg": run("train_nlg", "--epochs", 1, "--samples", 16, cwd=home),
         "ppo": run("finetuning_nlg", *TINY_RUN, "--tensorboard", cwd=home),
-        "evaluate": run("evaluate_nlg", "--samples", 32, "--run", "data_results/K2_lr_5e-4_seed0", cwd=home),
+        "evaluate": run("evaluate_nlg", *TINY_EVALUATION, cwd=home),
     }
     return home, said
 
@@ -94,11 +97,12 @@ def test_each_script_leaves_what_the_next_one_needs(chain):
 
 
 def test_run_folder(chain):
-    folder = chain[0] / "data_results" / "K2_lr_5e-4_seed0"
+    folder = chain[0] / "data_results" / "K2_lr_1e-3_seed0"
     log = pd.read_csv(folder / "log.csv")
     columns = """update episodes score ethics improvement improvement_ma kl kl_coef entropy reward policy_loss
         value_loss approx_kl clip_fraction value_clip_fraction explained_variance ratio_deviation_first
-        response_length terminated seconds_rollout seconds_score seconds_update episodes_per_second"""
+        response_length terminated seconds_rollout seconds_score seconds_update episodes_per_second
+        gold_valid gold_ethical"""
     assert set(columns.split()) <= set(log.columns)
     assert log["update"].tolist() == [1, 2]
     assert log.episodes.tolist() == [16, 32]
@@ -112,14 +116,42 @@ def test_run_folder(chain):
     samples = pd.read_csv(folder / "samples.csv")
     assert set(samples.columns) == {"update", "query", "response", "score", "ethics", "kl"}
     assert list(folder.glob("events.out.tfevents.*"))
-    assert (chain[0] / "data_results" / "fig_K2_lr_5e-4.png").stat().st_size > 10_000
+    assert (chain[0] / "data_results" / "fig_K2_lr_1e-3.png").stat().st_size > 10_000
 
 
 def test_evaluation(chain):
-    folder = chain[0] / "data_results" / "K2_lr_5e-4_seed0"
+    folder = chain[0] / "data_results" / "K2_lr_1e-3_seed0"
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    assert {"ethics_before", "ethics_after", "score_after", "kl", "gold"} <= set(evaluation)
-    assert {"valid_before", "valid_after", "ethical_before", "ethical_after"} == set(evaluation["gold"])
+    assert {"ethics_before", "ethics_after", "score_after", "kl", "gold", "perplexity_under_reference"} <= set(
+        evaluation
+    )
+    assert {f"{x}_{when}" for x in ("valid", "ethical") for when in ("before", "after", "optimum")} == set(
+        evaluation["gold"]
+    )
+    assert {"distinct_1", "distinct_2", "self_bleu_within_a_query", "self_bleu_across_queries", "entropy"} == set(
+        evaluation["diversity"]["after"]
+    )
+    low, high = evaluation["fraction_of_optimum_interval"]
+    assert low <= high and evaluation["samples"] == 4 * 8
+    assert (chain[0] / "data_results" / "fig_frontier_K2_lr_1e-3.png").stat().st_size > 10_000
+
+
+def test_what_was_possible(chain):
+    """The frontier rises from the reference; the best of one is the reference; both end at the best sample."""
+    path = chain[0] / "data_results" / "K2_lr_1e-3_seed0" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    frontier = pd.DataFrame(evaluation["frontier"]).sort_values("beta", ascending=False)
+    assert frontier.kl.is_monotonic_increasing and frontier.score.is_monotonic_increasing
+    assert frontier.iloc[0].score == pytest.approx(evaluation["score_of_reference"], abs=0.05)
+    assert frontier.ess.iloc[0] == pytest.approx(64, rel=0.01) and frontier.ess.iloc[-1] < 10
+    best_of = pd.DataFrame(evaluation["best_of_n"])
+    assert best_of.n.tolist() == [1, 2, 4, 8, 16, 32, 64] and best_of.score.is_monotonic_increasing
+    assert best_of.score[0] == pytest.approx(evaluation["score_of_reference"])
+    assert best_of.score.max() == pytest.approx(frontier.score.max(), abs=0.01)  # the best of all 64 is the limit
+
+
+def test_evaluation_queries_are_held_out(chain):
+    folder = chain[0] / "data_results" / "K2_lr_1e-3_seed0"
     trained_on = set(pd.read_csv(folder / "samples.csv")["query"])
     held_out = set(pd.read_csv(folder / "evaluation_samples.csv")["query"])
     assert not trained_on & held_out
@@ -147,7 +179,7 @@ def test_the_same_seed_gives_the_same_run(chain):
     timings = ["seconds_rollout", "seconds_score", "seconds_update", "episodes_per_second"]
     logs = [
         pd.read_csv(home / "data_results" / name / "log.csv").drop(columns=timings)
-        for name in ("K2_lr_5e-4_seed0", "again")
+        for name in ("K2_lr_1e-3_seed0", "again")
     ]
     pd.testing.assert_frame_equal(*logs)
 
@@ -201,8 +233,8 @@ def test_real_data_and_gpt2s_tokenizer(gpt2_folder, tmp_path):
         "finetuning_nlg", *TINY_RUN, *stories, "--stop", ".", "--stop-after", 4, "--response-length", 8,
         "--query-length", 16, cwd=tmp_path,
     )  # fmt: skip
-    run("evaluate_nlg", "--samples", 8, "--run", "data_results/K2_lr_5e-4_seed0", cwd=tmp_path)
-    evaluation = json.loads((tmp_path / "data_results" / "K2_lr_5e-4_seed0" / "evaluation.json").read_text())
+    run("evaluate_nlg", *TINY_EVALUATION, cwd=tmp_path)
+    evaluation = json.loads((tmp_path / "data_results" / "K2_lr_1e-3_seed0" / "evaluation.json").read_text())
     assert evaluation["gold"]["valid_after"] is None
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "nlg_ppo")
     assert trained.config.vocab_size == 50257
@@ -282,6 +314,7 @@ def test_model_folders(chain, tmp_path):
     assert "cannot be loaded" in refused("finetuning_nlg", "--policy", "no-such-model-on-the-hub", cwd=home)
     assert "no file" in refused("finetuning_nlg", "--reward", "nothing.py:score", cwd=home)
     assert "no run folder" in refused("evaluate_nlg", "--run", tmp_path, cwd=home)
+    assert "too few for best of 64" in refused("evaluate_nlg", "--reference-samples", 10, cwd=home)
 
 
 @pytest.mark.parametrize(
