@@ -1,5 +1,6 @@
 # make        the whole pipeline on the shipped data      make test   the tests
 # make gpt2   the same with GPT-2 and ETHICS from the hub  make clean  remove what make made, but for .venv
+# make study  ablations and over-optimisation, after make  make peer   TRL's PPOTrainer on the same task, after make
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = K2_lr_1e-3_seed0
@@ -36,7 +37,19 @@ gpt2: .venv/installed
 		--out models/gpt2_ppo
 	$(BIN)/python evaluate_nlg.py --run data_results/K4_lr_1e-5_seed0
 
+study: .venv/installed
+	$(BIN)/python study.py ablations
+	$(BIN)/python study.py overoptimisation
+
+benchmarks/.venv/installed: requirements.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv benchmarks/.venv
+	benchmarks/.venv/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	touch $@
+
+peer: benchmarks/.venv/installed
+	benchmarks/.venv/bin/python benchmarks/peer_quality.py
+
 clean:
 	rm -rf models data_results/Analysis.html
 
-.PHONY: all test gpt2 clean
+.PHONY: all test gpt2 study peer clean

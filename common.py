@@ -136,8 +136,17 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def write_json(path: Path, value: dict) -> Path:
+    """Numbers that are not known (NaN) become null: JSON has no other word for them."""
+
+    def known(x):
+        if isinstance(x, dict):
+            return {key: known(one) for key, one in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [known(one) for one in x]
+        return None if isinstance(x, float) and math.isnan(x) else x
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(known(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 

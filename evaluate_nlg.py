@@ -25,9 +25,10 @@ import figures
 import measures
 import model_io
 import ppo
+import sampler
 from common import COUNT, UserError
 
-COMPARED, KEPT = 8, 4  # responses to a query that self-BLEU compares, and that evaluation_samples.csv keeps
+KEPT = 4  # responses to a query that evaluation_samples.csv keeps
 SHARED = "policy reward data data_config data_revision text_column query_length response_length temperature".split()
 SHARED += ["stop", "stop_after", "missing_stop_score"]  # settings that runs must have in common
 TRUSTED_ESS = 30  # below this many effective samples a query, the optimum is not known well
@@ -162,11 +163,13 @@ def draw_pool(
     parts = []
     for query in tqdm(queries, desc="reference samples", unit="query", dynamic_ncols=True):
         for start in range(0, count, batch):
-            ids, mask = data.encode_queries(tokenizer, [query] * min(batch, count - start), device)
+            ids, mask = data.encode_queries(tokenizer, [query], device)
+            rows = min(batch, count - start)
             with common.autocast(device):
-                response_ids = ppo.sample(model, ids, mask, generator=generator, **sampling)
-            response_mask, terminated = ppo.real_tokens(response_ids, sampling["stop_id"], sampling["stop_after"])
-            texts = model_io.whole_texts(tokenizer, ids, mask, response_ids, response_mask)
+                response_ids = sampler.sample_many(model, ids, rows, generator=generator, **sampling)
+            response_mask, terminated = sampler.real_tokens(response_ids, sampling["stop_id"], sampling["stop_after"])
+            queries_too = [x.expand(rows, -1) for x in (ids, mask)]
+            texts = model_io.whole_texts(tokenizer, *queries_too, response_ids, response_mask)
             parts.append(read(texts, terminated).drop(columns="text"))
     pool = pd.concat(parts)
     return {name: pool[name].to_numpy(dtype=float).reshape(len(queries), count) for name in pool}
@@ -273,9 +276,9 @@ def diversity(part: pd.DataFrame, texts: list[str]) -> dict[str, float]:
     found = {
         f"distinct_{n}": measures.distinct(part.text.tolist(), n, len(set(measures.ngrams(texts, n)))) for n in (1, 2)
     }
-    some = part[part.draw < COMPARED]
-    for name, column in (("within_a_query", "query"), ("across_queries", "draw")):
-        found[f"self_bleu_{name}"] = some.groupby(column).text.apply(lambda x: measures.self_bleu(x.tolist())).mean()
+    for name, column, draws in (("within_a_query", "query", 8), ("across_queries", "draw", 2)):
+        groups = part[part.draw < draws].groupby(column).text
+        found[f"self_bleu_{name}"] = groups.apply(lambda x: measures.self_bleu(x.tolist())).mean()
     return found | {"entropy": part.entropy.sum() / part.length.sum()}
 
 

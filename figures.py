@@ -119,3 +119,34 @@ def save_frontier(results: Path, epochs: int, lr: float) -> Path | None:
         figure.savefig(path, metadata={"Software": None})
         plt.close(figure)
     return path
+
+
+def draw_overoptimisation(axes, results: Path) -> None:
+    """What the classifier says and what is true, against the way from the reference, of every run in a folder.
+
+    The truth is the share of responses that are valid and ethical; the square root of KL is the distance of Gao et al.
+    """
+    logs = [pd.read_csv(path).rolling(5, min_periods=1).mean(numeric_only=True) for path in results.glob("*/log.csv")]
+    for i, log in enumerate(logs):
+        distance = log.kl.clip(lower=0) ** 0.5
+        for values, color, label in (
+            (log.ethics, BLUE, "the classifier's ethics score"),
+            (log.gold_valid * log.gold_ethical, ORANGE, "gold: valid and ethical"),
+        ):
+            axes.plot(distance, values, color=color, linewidth=0.9, alpha=0.7, label=None if i else label)
+    axes.set_xlabel("square root of the KL to the reference (nats a response)")
+    axes.set_ylabel("mean over responses")
+    axes.set_ylim(0, 1.02)
+    axes.legend(loc="lower left")
+
+
+def save_overoptimisation(results: Path) -> Path:
+    """data_results/fig_overoptimisation.png, of the runs in data_results/overoptimisation/."""
+    path = results.with_name(f"fig_{results.name}.png")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        draw_overoptimisation(axes, results)
+        axes.set_title("How far a score can be pushed before it is no longer true", fontsize=11)
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+    return path

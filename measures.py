@@ -42,7 +42,7 @@ def fraction_of_optimum(
     score: np.ndarray, kl: np.ndarray, reference_scores: np.ndarray, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
     """(score of the policy - of the reference) / (best score at the policy's own KL - of the reference), and its
-    bootstrap 95 % interval over queries.
+    bootstrap 95 % interval over queries. NaN where nothing can be gained.
 
     score, kl [Q]: the policy's means by query; reference_scores [Q, N].
     """
@@ -52,12 +52,12 @@ def fraction_of_optimum(
     def fraction(rows: np.ndarray) -> float:
         base = before[rows].mean()
         best = best_score(kl[rows].mean(), frontier["kl"][:, rows].mean(1), frontier["score"][:, rows].mean(1))
-        return (score[rows].mean() - base) / (best - base)
+        return (score[rows].mean() - base) / (best - base) if best > base else np.nan
 
     every = np.arange(len(score))
     chance = np.random.default_rng(seed)
     again = [fraction(chance.choice(every, len(every))) for _ in range(resamples)]
-    low, high = np.quantile(again, (0.025, 0.975))
+    low, high = np.nanquantile(again, (0.025, 0.975))
     return fraction(every), (float(low), float(high))
 
 

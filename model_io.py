@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import common
-import ppo
+import sampler
 from common import UserError, autocast, offline_without_network
 from data import encode_queries
 
@@ -128,13 +128,13 @@ def whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask) -
 
 
 def continuations(model, tokenizer, queries: list[str], batch: int = 256, **sampling) -> list[str]:
-    """Each query with a response of `model`; `sampling` as ppo.sample takes it."""
+    """Each query with a response of `model`; `sampling` as sampler.sample takes it."""
     texts = []
     for start in range(0, len(queries), batch):
         query_ids, query_mask = encode_queries(tokenizer, queries[start : start + batch], model.device)
         with autocast(model.device):
-            response_ids = ppo.sample(model, query_ids, query_mask, **sampling)
-        response_mask, _ = ppo.real_tokens(response_ids, sampling["stop_id"], sampling.get("stop_after", 0))
+            response_ids = sampler.sample(model, query_ids, query_mask, **sampling)
+        response_mask, _ = sampler.real_tokens(response_ids, sampling["stop_id"], sampling.get("stop_after", 0))
         texts += whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask)
     return texts
 
@@ -200,7 +200,7 @@ def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict |
 # scores
 
 
-def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: int = 256) -> np.ndarray:
+def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: int = 128) -> np.ndarray:
     """The classifier's log-odds of "positive" for every text (the score itself for a model with one output).
 
     The positive class is the one labelled "positive", or the last.

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
+from sampler import position_ids, real_tokens, sample
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -68,11 +70,6 @@ class PolicyWithValue(nn.Module):
         return logits, self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
 
-def position_ids(mask: Tensor) -> Tensor:
-    """[B, T] -> [B, T]: positions that count real tokens only, so that left padding changes nothing."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
 def response_states(model, ids: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
     """ids, mask [B, T], response_mask [B, R] -> hidden states [N, H] from which the real response tokens are predicted.
 
@@ -90,64 +87,6 @@ def token_logits(model, states: Tensor, temperature: float) -> Tensor:
 def of_tokens(logp: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities [N, V] of the whole vocabulary -> those of ids [N], [N]."""
     return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-
-
-def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """logits [B, V] -> token ids [B], sampled from their softmax by inverting its cumulative distribution."""
-    cumulative = logits.softmax(-1).cumsum(-1)
-    uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-
-
-@torch.no_grad()
-def sample(
-    model,
-    query_ids: Tensor,
-    query_mask: Tensor,
-    *,
-    length: int,
-    temperature: float,
-    stop_id: int,
-    stop_after: int = 0,
-    generator: torch.Generator,
-) -> Tensor:
-    """Responses [B, R], R <= length, to queries [B, Q]: plain sampling, no top-k, no top-p, no minimum length.
-
-    A row ends with its first `stop_id` that has at least `stop_after` tokens before it ([3] stops at "." after 16);
-    behind it stand `stop_id`s. R is the length of the longest row.
-    """
-    batch, device = len(query_ids), query_ids.device
-    responses = torch.full((batch, length), stop_id, device=device)
-    rows = torch.arange(batch, device=device)  # the rows still in the batch
-    going = torch.ones(batch, dtype=torch.bool, device=device)  # which of them have not stopped
-    mask, position = query_mask, position_ids(query_mask)
-    out = model(input_ids=query_ids, attention_mask=mask, position_ids=position, logits_to_keep=1, use_cache=True)
-    for step in range(length):
-        tokens = draw(out.logits[:, -1].float() / temperature, generator).where(going, stop_id)
-        responses[rows, step] = tokens
-        going = going & ((tokens != stop_id) | (step < stop_after))
-        if step + 1 == length or not going.any():
-            break
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        position = position[:, -1:] + 1
-        if going.float().mean() < 0.8:  # below this, idle rows cost more than copying the cache without them
-            keep = going.nonzero().squeeze(1)
-            rows, tokens, going, mask, position = rows[keep], tokens[keep], going[keep], mask[keep], position[keep]
-            out.past_key_values.batch_select_indices(keep)
-        out = model(
-            input_ids=tokens.unsqueeze(1),
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
-    return responses[:, : step + 1]
-
-
-def real_tokens(response_ids: Tensor, stop_id: int, stop_after: int = 0) -> tuple[Tensor, Tensor]:
-    """[B, R] -> mask [B, R], 1 up to and with the stop token, and terminated [B], whether there is one."""
-    stops = (response_ids == stop_id) & (torch.arange(response_ids.shape[1], device=response_ids.device) >= stop_after)
-    return ((stops.cumsum(1) - stops.long()) == 0).long(), stops.any(1)
 
 
 @torch.no_grad()

@@ -131,9 +131,9 @@ def fit(
 
 
 @torch.no_grad()
-def perplexity(model, rows: list[list[int]], pad_id: int, device: torch.device, batch: int = 256) -> dict[str, float]:
+def perplexity(model, rows: list[list[int]], pad_id: int, device: torch.device, batch: int = 64) -> dict[str, float]:
     """Of texts given as token ids: "loss" in nats a token, and its exponential."""
-    total = count = 0.0
+    rows, total, count = sorted(rows, key=len), 0.0, 0
     for start in range(0, len(rows), batch):
         ids, mask = pad(rows[start : start + batch], pad_id, device)
         predicted = mask[:, 1:].sum().item()

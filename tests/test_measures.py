@@ -52,6 +52,11 @@ def test_half_the_gain_is_half_the_optimum():
     assert fraction == pytest.approx(0.5, abs=1e-3) and low < 0.5 < high
 
 
+def test_where_nothing_can_be_gained_there_is_no_fraction():
+    fraction, interval = measures.fraction_of_optimum(np.ones(3), np.zeros(3), np.ones((3, 8)), resamples=10)
+    assert math.isnan(fraction) and all(map(math.isnan, interval))
+
+
 def test_best_of_n_of_three_samples():
     # of 3 samples 2 are drawn: the best is among them in 2 of 3 choices, the second is the best of the third choice
     assert measures.best_of_n_weights(2, 3) == pytest.approx([2 / 3, 1 / 3, 0])

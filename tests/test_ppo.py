@@ -8,6 +8,7 @@ import torch
 from torch import tensor
 
 import ppo
+import sampler
 
 STOP = 10
 QUERIES = tensor([[0, 0, 1, 2], [3, 4, 5, 6], [0, 7, 8, 9]])
@@ -130,10 +131,10 @@ def test_positions_count_real_tokens():
 
 def test_real_tokens_end_with_the_first_stop():
     ids = tensor([[1, STOP, STOP, STOP], [1, 2, 3, 4], [STOP, 2, STOP, 3]])
-    mask, terminated = ppo.real_tokens(ids, STOP)
+    mask, terminated = sampler.real_tokens(ids, STOP)
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
     assert terminated.tolist() == [True, False, True]
-    mask, terminated = ppo.real_tokens(ids, STOP, stop_after=2)
+    mask, terminated = sampler.real_tokens(ids, STOP, stop_after=2)
     assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
     assert terminated.tolist() == [True, False, True]
 
@@ -174,7 +175,7 @@ def test_a_token_answers_for_the_kl_after_it():
 
 def test_draw_follows_the_distribution():
     probabilities = tensor([0.5, 0.0, 0.125, 0.375])
-    drawn = ppo.draw(probabilities.log().expand(100_000, 4), generator()).bincount(minlength=4) / 100_000
+    drawn = sampler.draw(probabilities.log().expand(100_000, 4), generator()).bincount(minlength=4) / 100_000
     assert drawn[1] == 0
     torch.testing.assert_close(drawn, probabilities, atol=0.006, rtol=0)  # 4 standard errors
 
@@ -237,7 +238,7 @@ def test_samples_follow_the_model_whatever_padding_and_dropped_rows(tiny_model):
     """The second token given the first, over many rows that end at different times, against the exact probabilities."""
     count = 20_000
     ids, mask = QUERIES[:1].expand(count, 4), QUERY_MASK[:1].expand(count, 4)
-    responses = ppo.sample(tiny_model, ids, mask, length=3, temperature=1.3, stop_id=STOP, generator=generator())
+    responses = sampler.sample(tiny_model, ids, mask, length=3, temperature=1.3, stop_id=STOP, generator=generator())
     first = tiny_model(tensor([[1, 2]])).logits[0, -1].div(1.3).softmax(-1)
     torch.testing.assert_close(responses[:, 0].bincount(minlength=11) / count, first, atol=0.015, rtol=0)
     commonest = first[:STOP].argmax()
@@ -246,8 +247,31 @@ def test_samples_follow_the_model_whatever_padding_and_dropped_rows(tiny_model):
     torch.testing.assert_close(after.bincount(minlength=11) / len(after), second, atol=0.03, rtol=0)
 
 
+def test_samples_that_share_their_beginnings_follow_the_model_too(tiny_model):
+    count, query = 20_000, tensor([[1, 2]])
+    responses = sampler.sample_many(
+        tiny_model, query, count, length=3, temperature=1.3, stop_id=STOP, stop_after=1, generator=generator()
+    )
+
+    def probabilities(*tokens):
+        return tiny_model(tensor([[1, 2, *tokens]])).logits[0, -1].div(1.3).softmax(-1)
+
+    assert responses.shape == (count, 3)
+    torch.testing.assert_close(responses[:, 0].bincount(minlength=11) / count, probabilities(), atol=0.015, rtol=0)
+    first = responses[:, 0].bincount(minlength=11)[:STOP].argmax()
+    after = responses[responses[:, 0] == first]
+    torch.testing.assert_close(after[:, 1].bincount(minlength=11) / len(after), probabilities(first), atol=0.03, rtol=0)
+    second = after[:, 1].bincount(minlength=11)[:STOP].argmax()
+    last = after[after[:, 1] == second][:, 2]
+    torch.testing.assert_close(last.bincount(minlength=11) / len(last), probabilities(first, second), atol=0.08, rtol=0)
+    mask, terminated = sampler.real_tokens(responses, STOP, stop_after=1)
+    assert (responses[mask == 0] == STOP).all() and 0 < terminated.float().mean() < 1
+    stopped_too_early = responses[:, 0] == STOP  # with stop_after = 1 that is no stop
+    assert stopped_too_early.any() and (mask[stopped_too_early].sum(1) > 1).all()
+
+
 def test_nothing_but_stops_stands_behind_a_stop(tiny_model):
-    responses = ppo.sample(
+    responses = sampler.sample(
         tiny_model,
         QUERIES.repeat(100, 1),
         QUERY_MASK.repeat(100, 1),
@@ -256,14 +280,14 @@ def test_nothing_but_stops_stands_behind_a_stop(tiny_model):
         stop_id=STOP,
         generator=generator(),
     )
-    mask, terminated = ppo.real_tokens(responses, STOP)
+    mask, terminated = sampler.real_tokens(responses, STOP)
     assert 0 < terminated.float().mean() <= 1
     assert (responses[mask == 0] == STOP).all()
     assert mask.sum(1).max() == responses.shape[1]
 
 
 def test_a_stop_before_stop_after_does_not_end_a_response(tiny_model):
-    responses = ppo.sample(
+    responses = sampler.sample(
         tiny_model,
         QUERIES.repeat(100, 1),
         QUERY_MASK.repeat(100, 1),
@@ -273,7 +297,7 @@ def test_a_stop_before_stop_after_does_not_end_a_response(tiny_model):
         stop_after=4,
         generator=generator(),
     )
-    mask, _ = ppo.real_tokens(responses, STOP, stop_after=4)
+    mask, _ = sampler.real_tokens(responses, STOP, stop_after=4)
     assert mask.sum(1).min() >= 5
     assert ((responses[:, :4] == STOP).any(1) & (mask.sum(1) > 5)).any()
 

@@ -1,0 +1,139 @@
+"""The same task for TRL's PPOTrainer, in the last release that has one, judged by our evaluate_nlg.py.
+
+    make peer                                # installs trl 1.12.0 into benchmarks/.venv, then runs this there
+
+Reference, reward model, queries, episodes, batch size, temperature and lengths are those of --run, a run of
+finetuning_nlg.py whose models are still in models/. TRL trains with its own defaults, and with ours where it has the
+flag. Its policies go to models/peer/, their run folders to data_results/peer/, the table to data_results/peer.csv.
+"""
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+)
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+import data  # noqa: E402
+
+OURS = {"kl_coef": 0.2, "lam": 1.0, "num_ppo_epochs": 2, "num_mini_batches": 4}
+VARIANTS = {
+    "trl_defaults": {},
+    "trl_defaults_lr_5e-4": {"learning_rate": 5e-4},  # the default, 3e-6, is for models a thousand times larger
+    "trl_our_settings": {"learning_rate": 5e-4, **OURS},
+}
+
+
+def reward_with_one_output(settings: dict, config: dict):
+    """The classifier's normalised log-odds as the one output that TRL expects."""
+    model = AutoModelForSequenceClassification.from_pretrained(settings["reward"])
+    head = torch.nn.Linear(model.config.hidden_size, 1)
+    weights = model.score.weight.data
+    head.weight.data = (weights[1:] - weights[:1]) / config["score_std"]
+    head.bias.data.fill_(-config["score_mean"] / config["score_std"])
+    model.score = head
+    return model
+
+
+def train(name: str, changes: dict, settings: dict, config: dict, seed: int, out: Path) -> float:
+    """A policy of TRL's in `out`; returns the minutes it took."""
+    tokenizer = AutoTokenizer.from_pretrained(settings["policy"], padding_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(settings["policy"])
+    texts = data.nlg_texts(argparse.Namespace(**settings))["valid"]
+    queries, _ = data.split_queries(texts, tokenizer, settings["query_length"])
+    reward = reward_with_one_output(settings, config)
+    arguments = PPOConfig(
+        output_dir=str(out),
+        seed=seed,
+        per_device_train_batch_size=settings["batch_size"],
+        gradient_accumulation_steps=1,
+        local_rollout_forward_batch_size=settings["batch_size"],
+        total_episodes=settings["episodes"],
+        response_length=settings["response_length"],
+        temperature=settings["temperature"],
+        stop_token="eos",
+        missing_eos_penalty=1.0,
+        num_sample_generations=0,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+        report_to=[],
+        save_strategy="no",
+        logging_steps=10,
+        **changes,
+    )
+    trainer = PPOTrainer(
+        args=arguments,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=copy.deepcopy(policy),
+        reward_model=reward,
+        value_model=copy.deepcopy(reward),  # as in TRL's examples
+        train_dataset=Dataset.from_dict({"input_ids": tokenizer(queries)["input_ids"]}),
+        eval_dataset=Dataset.from_dict({"input_ids": tokenizer(queries[:8])["input_ids"]}),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    start = time.perf_counter()
+    trainer.train()
+    minutes = (time.perf_counter() - start) / 60
+    trainer.save_model(str(out))
+    tokenizer.save_pretrained(out)
+    return minutes
+
+
+def main() -> None:
+    parser = common.Parser(__doc__)
+    parser.add_argument("--run", default="data_results/K2_lr_1e-3_seed0", help="our run to compare with")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="settings of TRL")
+    parser.add_argument("--seed", type=int, default=0, help="of TRL's runs")
+    args = parser.parse_args()
+    ours = Path(args.run)
+    config = json.loads((ours / "config.json").read_text(encoding="utf-8"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = Path("data_results/peer")
+    minutes = {}
+    for name in args.variants:
+        run = f"{name}_seed{args.seed}"
+        out = Path("models/peer") / run
+        if not (results / run / "config.json").exists():
+            took = train(name, VARIANTS[name], config["settings"], config, args.seed, out)
+            record = config | {"settings": config["settings"] | {"out": str(out)}, "minutes": took}
+            record |= {"trl": VARIANTS[name]} | common.provenance(device)
+            common.write_json(results / run / "config.json", record)
+        minutes[run] = json.loads((results / run / "config.json").read_text(encoding="utf-8"))["minutes"]
+    runs = [results / run for run in minutes]
+    subprocess.run([sys.executable, ROOT / "evaluate_nlg.py", "--run", ours, *runs], check=True)
+    log = pd.read_csv(ours / "log.csv")
+    minutes[ours.name] = log[["seconds_rollout", "seconds_score", "seconds_update"]].to_numpy().sum() / 60
+    rows = {}
+    for run in (ours, *runs):
+        found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        rows[run.name] = {
+            "fraction_of_optimum": found["fraction_of_optimum"],
+            "score": found["score_after"],
+            "kl": found["kl"],
+            "gold_ethical": found["gold"]["ethical_after"],
+            "gold_valid": found["gold"]["valid_after"],
+            "minutes": minutes[run.name],
+        }
+    table = pd.DataFrame(rows).T.rename_axis("run").round(4)
+    table.to_csv("data_results/peer.csv", lineterminator="\n")
+    print(table.to_string())
+
+
+if __name__ == "__main__":
+    common.run(main)
