@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=common.COUNT, default=3, help="passes over the training texts")
     training.add_argument("--batch-size", type=common.COUNT, default=32, help="texts per step")
-    training.add_argument("--lr", type=common.POSITIVE, default=6e-3, help="peak learning rate")
+    training.add_argument("--lr", type=common.POSITIVE, default=8e-3, help="peak learning rate")
     training.add_argument(
         "--optimizer",
         choices=("adamw", "muon"),
