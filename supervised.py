@@ -84,12 +84,13 @@ def fit(
     decay: float,
     label: str,
     revisit: float = 1.0,
+    lowest: str = "loss",
 ) -> list[dict[str, float]]:
     """Train `model` on batches of row numbers, given every row's length and the loss of such a batch or of its rows.
 
     An epoch is as many steps as all rows fill. The learning rate rises over the first twentieth of the steps, and
     falls to 0 over the last part, `decay`, of them.
-    Returns what `validate` said after every epoch; the model ends with the weights whose "loss" was lowest.
+    Returns what `validate` said after every epoch; the model ends with the weights for which its number `lowest` was lowest.
     """
     optimizers = make_optimizers(model, lr, muon)
     per_epoch = -(-len(lengths) // batch_size)
@@ -122,9 +123,9 @@ def fit(
             model.eval()
             history.append({"epoch": epoch, "train_loss": total / per_epoch} | validate())
             bar.write(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
-            if best is None or history[-1]["loss"] < best[0]:
-                best = history[-1]["loss"], copy.deepcopy(model.state_dict())
-    if not np.isfinite(best[0]):
+            if best is None or history[-1][lowest] < best[0]:
+                best = history[-1][lowest], copy.deepcopy(model.state_dict())
+    if not np.isfinite(history[-1]["loss"]):
         raise UserError(f"{label}: the loss is not finite; lower --lr")
     model.load_state_dict(best[1])
     return history

@@ -173,7 +173,7 @@ def main() -> None:
     def validate() -> dict[str, float]:
         scores = model_io.log_odds(model, tokenizer, valid[0], device)
         log_loss = float(np.logaddexp(0, np.where(valid[1] == 1, -scores, scores)).mean())
-        return {"loss": log_loss, "accuracy": sk.accuracy_score(valid[1], scores > 0)}
+        return {"loss": log_loss, "error": float(np.mean((scores > 0) != valid[1]))}
 
     history = supervised.fit(
         model,
@@ -184,6 +184,7 @@ def main() -> None:
         lr=args.lr,
         decay=0.3,
         label="classifier",
+        lowest="error",  # not the loss, which a few texts that are wrong for sure drive up while others are learned
         revisit=args.revisit if args.revisit is not None else (0.1 if scratch else 1.0),
         **shared,
     )
