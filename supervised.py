@@ -90,7 +90,7 @@ def fit(
 
     An epoch is as many steps as all rows fill. The learning rate rises over the first twentieth of the steps, and
     falls to 0 over the last part, `decay`, of them.
-    Returns what `validate` said after every epoch; the model ends with the weights for which its number `lowest` was lowest.
+    Returns what `validate` said after every epoch; the model ends with the weights for which `lowest` of it was lowest.
     """
     optimizers = make_optimizers(model, lr, muon)
     per_epoch = -(-len(lengths) // batch_size)

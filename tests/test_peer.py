@@ -21,7 +21,7 @@ pytest.importorskip("trl", "1.12.0")
 trainer = pytest.importorskip("trl.experimental.ppo.ppo_trainer")
 SOURCE = inspect.getsource(trainer.PPOTrainer.train)
 B, R = 5, 7
-MASK = torch.ones(B, R)
+MASK = torch.ones(B, R).long()
 
 
 def lines(start: str, end: str) -> str:
