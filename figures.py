@@ -59,21 +59,24 @@ def draw_improvement(axes, runs: dict[str, pd.DataFrame]) -> None:
     axes.legend(loc="lower right")
 
 
+def save(path: Path, title: str, draw, *what) -> Path:
+    """The picture that `draw(axes, *what)` draws."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        draw(axes, *what)
+        axes.set_title(title, fontsize=11)
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+    return path
+
+
 def save_improvement(results: Path, epochs: int, lr: float) -> Path | None:
     """data_results/fig_K<K>_lr_<lr>.png: the improvement over the policy before fine-tuning."""
     runs = load_runs(results, epochs, lr)
     if not runs:
         return None
-    path = results / f"fig_K{epochs}_lr_{short(lr)}.png"
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        draw_improvement(axes, runs)
-        axes.set_title(
-            f"Improvement over the policy before fine-tuning (K = {epochs}, learning rate {short(lr)})", fontsize=11
-        )
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
-    return path
+    title = f"Improvement over the policy before fine-tuning (K = {epochs}, learning rate {short(lr)})"
+    return save(results / f"fig_K{epochs}_lr_{short(lr)}.png", title, draw_improvement, runs)
 
 
 def load_evaluations(folders: list[Path]) -> dict[Path, dict]:
@@ -112,13 +115,7 @@ def save_frontier(results: Path, epochs: int, lr: float) -> Path | None:
     if not evaluations:
         return None
     path = results / f"fig_frontier_K{epochs}_lr_{short(lr)}.png"
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        draw_frontier(axes, evaluations)
-        axes.set_title("What PPO gained, and what was possible at the same KL", fontsize=11)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
-    return path
+    return save(path, "What PPO gained, and what was possible at the same KL", draw_frontier, evaluations)
 
 
 def draw_overoptimisation(axes, results: Path) -> None:
@@ -142,11 +139,5 @@ def draw_overoptimisation(axes, results: Path) -> None:
 
 def save_overoptimisation(results: Path) -> Path:
     """data_results/fig_overoptimisation.png, of the runs in data_results/overoptimisation/."""
-    path = results.with_name(f"fig_{results.name}.png")
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        draw_overoptimisation(axes, results)
-        axes.set_title("How far a score can be pushed before it is no longer true", fontsize=11)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
-    return path
+    title = "How far a score can be pushed before it is no longer true"
+    return save(results.with_name(f"fig_{results.name}.png"), title, draw_overoptimisation, results)
