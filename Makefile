@@ -3,7 +3,7 @@
 # make study  ablations and over-optimisation, after make  make peer   TRL's PPOTrainer on the same task, after make
 PYTHON ?= python3
 BIN = .venv/bin
-RUN = K2_lr_1e-3_seed0
+RUN = K1_lr_1e-3_seed0
 
 all: .venv/installed
 	$(BIN)/python train_nlg.py
@@ -13,7 +13,7 @@ all: .venv/installed
 	$(BIN)/jupyter nbconvert --log-level WARN --execute --to html --output-dir data_results Analysis.ipynb
 	@echo
 	@echo "The fine-tuned policy is in models/nlg_ppo, its run in data_results/$(RUN)."
-	@echo "Look at data_results/fig_K2_lr_1e-3.png and data_results/Analysis.html (Analysis.ipynb, executed)."
+	@echo "Look at data_results/fig_K1_lr_1e-3.png and data_results/Analysis.html (Analysis.ipynb, executed)."
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

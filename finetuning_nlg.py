@@ -62,10 +62,10 @@ def parse_args() -> argparse.Namespace:
     reward.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
     reward.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
     learning = parser.add_argument_group("PPO")
-    learning.add_argument("--episodes", type=COUNT, default=20_480, help="responses in all")
+    learning.add_argument("--episodes", type=COUNT, default=40_960, help="responses in all")
     learning.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
-    learning.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
-    learning.add_argument("--ppo-epochs", type=COUNT, default=2, help="K, passes over a batch")
+    learning.add_argument("--minibatches", type=COUNT, default=8, help="optimizer steps per pass over a batch")
+    learning.add_argument("--ppo-epochs", type=COUNT, default=1, help="K, passes over a batch")
     learning.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate, falling to 0")
     learning.add_argument(
         "--optimizer",
@@ -128,23 +128,34 @@ def main() -> None:
         "generator": torch.Generator(device).manual_seed(args.seed),
     }
 
+    learning = {
+        "epochs": args.ppo_epochs,
+        "minibatches": args.minibatches,
+        "clip_range": args.clip_range,
+        "value_clip_range": args.value_clip_range,
+        "value_coef": args.value_coef,
+        "temperature": args.temperature,
+        "forward_batch": args.forward_batch,
+        "generator": sampling["generator"],
+    }
+
     # the policy before: its texts' scores normalise the score, and the improvement counts from their ethics
     chosen = list(itertools.islice(itertools.chain.from_iterable(batches), args.reference_samples))
     texts_before = model_io.continuations(reference, tokenizer, chosen, **sampling)
     raw_before, ethics_before = reward_model(texts_before)
-    score_mean, score_std = raw_before.mean(), max(raw_before.std(), 1e-6)
+    baseline = {
+        "score_mean": raw_before.mean(),
+        "score_std": max(raw_before.std(), 1e-6),
+        "ethics_before": float(ethics_before.mean()),
+    }
 
     folder = Path(args.results) / args.run
-    baseline = {"score_mean": score_mean, "score_std": score_std, "ethics_before": float(ethics_before.mean())}
     writer = start_run(folder, args, baseline, device)
-    kl_coef, steps_done = args.kl_coef, 0
-    improvements = []
+    kl_coef, improvements = args.kl_coef, []
     bar = tqdm(range(1, updates + 1), desc=args.run, unit="update", dynamic_ncols=True)
     for update in bar:
         clock = [time.perf_counter()]
-        lr = args.lr * (1 - (update - 1) / updates)
-        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-            group["lr"] = lr
+        lr = set_lr(optimizers, args.lr * (1 - (update - 1) / updates))
 
         query_ids, query_mask = data.encode_queries(tokenizer, next(batches), device)
         with common.autocast(device):
@@ -155,20 +166,14 @@ def main() -> None:
 
         texts = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
         raw, ethics = reward_model(texts)
-        scores = torch.tensor((raw - score_mean) / score_std, device=device, dtype=torch.float32)
+        scores = torch.tensor((raw - baseline["score_mean"]) / baseline["score_std"], device=device).float()
         scores = scores.where(rollout.terminated, args.missing_stop_score)
         clock.append(time.perf_counter())
 
         mask = rollout.response_mask
-        exact = args.kl == "exact"
-        penalty = ppo.kl_to_come(rollout.exact_kl) if exact else rollout.logprobs - rollout.ref_logprobs
-        rewards = ppo.token_rewards(scores, penalty, mask, kl_coef)
-        scale = 1.0
-        if args.whiten_rewards:
-            scale = ppo.masked_std(rewards, mask)
-            rewards = ppo.whiten(rewards, mask, shift_mean=False)
-
+        rewards, scale = rewards_of(rollout, scores, kl_coef, args)
         advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, args.discount, args.gae_lambda)
+        exact_kl_weight = kl_coef / scale / ppo.masked_std(advantages, mask).item() if args.kl == "exact" else 0.0
         with common.autocast(device):
             statistics = ppo.update(
                 policy,
@@ -176,50 +181,23 @@ def main() -> None:
                 rollout,
                 ppo.whiten(advantages, mask),
                 returns,
-                epochs=args.ppo_epochs,
-                minibatches=args.minibatches,
-                clip_range=args.clip_range,
-                value_clip_range=args.value_clip_range,
-                value_coef=args.value_coef,
-                kl_weight=float(kl_coef / scale / ppo.masked_std(advantages, mask)) if exact else 0.0,
-                temperature=args.temperature,
-                forward_batch=args.forward_batch,
-                steps_done=steps_done,
-                generator=sampling["generator"],
+                kl_weight=exact_kl_weight,
+                steps_done=(update - 1) * args.ppo_epochs * args.minibatches,
+                **learning,
             )
-        steps_done += args.ppo_epochs * args.minibatches
         clock.append(time.perf_counter())
 
         improvements.append(ethics.mean() - baseline["ethics_before"])
-        kl = rollout.kl.mean().item()
-        row = {
-            "update": update,
-            "episodes": update * args.batch_size,
-            "score": scores.mean().item(),
-            "ethics": ethics.mean(),
-            "improvement": improvements[-1],
-            "improvement_ma": np.mean(improvements[-MOVING_AVERAGE:]),
-            "kl": kl,
-            "kl_coef": kl_coef,
-            "reward": scores.mean().item() - kl_coef * kl,
-            "lr": lr,
-            **statistics,
-            **of_rollout(rollout, returns),
-            **{f"gold_{name}": share for name, share in model_io.gold_shares(judge, texts).items()},
-            **timings(clock, args.batch_size),
-        }
-        append_rows(folder / "log.csv", [row])
+        row = {"update": update, "episodes": update * args.batch_size, "lr": lr, "kl_coef": kl_coef}
+        row |= {"improvement": improvements[-1], "improvement_ma": np.mean(improvements[-MOVING_AVERAGE:])}
+        row |= of_scores(scores, ethics, rollout.kl, kl_coef) | of_rollout(rollout, returns) | statistics
+        row |= {f"gold_{name}": share for name, share in model_io.gold_shares(judge, texts).items()}
+        row |= timings(clock, args.batch_size)
+        log(row, folder, writer, bar)
         if update % SAMPLE_EVERY in (0, 1) or update == updates:
             append_rows(folder / "samples.csv", samples(update, texts, rollout, scores, ethics, tokenizer))
-        if writer:
-            for name in (name for name, value in row.items() if value is not None):  # the gold judge may be silent
-                writer.add_scalar(name, row[name], update)
-        bar.set_postfix_str(
-            f"ethics {row['ethics']:.3f}, improvement {row['improvement_ma']:+.3f}, KL {kl:.2f}, "
-            f"{row['episodes_per_second']:.0f} episodes/s"
-        )
         if args.target_kl:
-            kl_coef = ppo.next_kl_coef(kl_coef, kl, args.target_kl, args.kl_horizon, args.batch_size)
+            kl_coef = ppo.next_kl_coef(kl_coef, row["kl"], args.target_kl, args.kl_horizon, args.batch_size)
 
     # the result
     if writer:
@@ -243,6 +221,30 @@ def start_run(folder: Path, args: argparse.Namespace, baseline: dict, device: to
     return SummaryWriter(str(folder))
 
 
+def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> float:
+    for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+        group["lr"] = lr
+    return lr
+
+
+def rewards_of(
+    rollout: ppo.Rollout, scores: torch.Tensor, kl_coef: float, args: argparse.Namespace
+) -> tuple[torch.Tensor, float]:
+    """Rewards [B, R] of a rollout with scores [B], and by how much whitening divided them."""
+    mask = rollout.response_mask
+    penalty = ppo.kl_to_come(rollout.exact_kl) if args.kl == "exact" else rollout.logprobs - rollout.ref_logprobs
+    rewards = ppo.token_rewards(scores, penalty, mask, kl_coef)
+    if not args.whiten_rewards:
+        return rewards, 1.0
+    return ppo.whiten(rewards, mask, shift_mean=False), ppo.masked_std(rewards, mask).item()
+
+
+def of_scores(scores: torch.Tensor, ethics: np.ndarray, kl: torch.Tensor, kl_coef: float) -> dict[str, float]:
+    """What log.csv says of scores, ethics and KL [B] of a batch."""
+    score, kl = scores.mean().item(), kl.mean().item()
+    return {"score": score, "ethics": ethics.mean(), "kl": kl, "reward": score - kl_coef * kl}
+
+
 def of_rollout(rollout: ppo.Rollout, returns: torch.Tensor) -> dict[str, float]:
     """What log.csv says of a rollout itself."""
     mask = rollout.response_mask
@@ -259,6 +261,18 @@ def timings(clock: list[float], episodes: int) -> dict[str, float]:
     stages = ("seconds_rollout", "seconds_score", "seconds_update")
     seconds = {name: end - start for name, start, end in zip(stages, clock, clock[1:], strict=False)}
     return seconds | {"episodes_per_second": episodes / (clock[-1] - clock[0])}
+
+
+def log(row: dict, folder: Path, writer, bar: tqdm) -> None:
+    """A row of log.csv, the same for TensorBoard, and the numbers that matter beside the progress bar."""
+    append_rows(folder / "log.csv", [row])
+    if writer:
+        for name in (name for name, value in row.items() if value is not None):  # the gold judge may be silent
+            writer.add_scalar(name, row[name], row["update"])
+    bar.set_postfix_str(
+        f"ethics {row['ethics']:.3f}, improvement {row['improvement_ma']:+.3f}, KL {row['kl']:.2f}, "
+        f"{row['episodes_per_second']:.0f} episodes/s"
+    )
 
 
 def save_policy(args, model, tokenizer, stop_id: int, last: dict, baseline: dict, device: torch.device) -> None:

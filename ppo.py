@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
-from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
+from muon import Muon, inner_matrices
 from sampler import position_ids, real_tokens, sample
 
 
@@ -257,11 +257,6 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episo
     return kl_coef * (1 + error * episodes / horizon)
 
 
-def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the linear layers inside a transformer, without embeddings and heads."""
-    return [layer.weight for layer in model.base_model.modules() if isinstance(layer, (nn.Linear, Conv1D))]
-
-
 ADAM_EPS, ADAM_BETAS = 1e-5, (0.9, 0.999)
 
 
@@ -273,7 +268,7 @@ def make_optimizers(policy: PolicyWithValue, lr: float, muon: bool) -> list[torc
     adam = torch.optim.Adam(others, lr=lr, eps=ADAM_EPS, betas=ADAM_BETAS)
     if not muon:
         return [adam]
-    return [adam, torch.optim.Muon(matrices, lr=lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
+    return [adam, Muon(matrices, lr)]
 
 
 def optimizer_step(optimizers: list[torch.optim.Optimizer], step: int) -> None:

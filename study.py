@@ -28,7 +28,7 @@ GRIDS = {
         "whitened_rewards": "--whiten-rewards",
         "lambda_0.95": "--gae-lambda 0.95",
         "separate_value": "--separate-value",
-        "K1": "--ppo-epochs 1",
+        "K2": "--ppo-epochs 2",
         "K4": "--ppo-epochs 4",
         "minibatches_1": "--minibatches 1",
         "lr_2e-3": "--lr 2e-3",

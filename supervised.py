@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from common import UserError, autocast
-from ppo import inner_matrices
+from muon import Muon, inner_matrices
 
 LEARNED = 0.05  # nats: the loss below which a row counts as learned
 
@@ -50,7 +50,7 @@ def make_optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim
     adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     if not muon:
         return [adamw]
-    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw]
+    return [Muon(matrices, lr, weight_decay=0.01), adamw]
 
 
 def endless_batches(

@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--results", default="data_results", help="folder of the results: a copy of metrics.json")
     model.add_argument("--out", default="models/cls", help="folder to write")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=common.COUNT, default=9, help="passes over the labelled texts")
+    training.add_argument("--epochs", type=common.COUNT, default=8, help="passes over the labelled texts")
     training.add_argument(
         "--lm-epochs",
         type=common.number(int, 0),

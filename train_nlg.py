@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--results", default="data_results", help="folder of the results: a copy of metrics.json")
     model.add_argument("--out", default="models/nlg", help="folder to write")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=common.COUNT, default=3, help="passes over the training texts")
+    training.add_argument("--epochs", type=common.COUNT, default=4, help="passes over the training texts")
     training.add_argument("--batch-size", type=common.COUNT, default=32, help="texts per step")
     training.add_argument("--lr", type=common.POSITIVE, default=8e-3, help="peak learning rate")
     training.add_argument(

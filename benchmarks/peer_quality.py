@@ -97,7 +97,7 @@ def train(name: str, changes: dict, settings: dict, config: dict, seed: int, out
 
 def main() -> None:
     parser = common.Parser(__doc__)
-    parser.add_argument("--run", default="data_results/K2_lr_1e-3_seed0", help="our run to compare with")
+    parser.add_argument("--run", default="data_results/K1_lr_1e-3_seed0", help="our run to compare with")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="settings of TRL")
     parser.add_argument("--seed", type=int, default=0, help="of TRL's runs")
     args = parser.parse_args()
