@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import data  # noqa: E402
 
-OURS = {"kl_coef": 0.2, "lam": 1.0, "num_ppo_epochs": 2, "num_mini_batches": 4}
+OURS = {"kl_coef": 0.2, "lam": 1.0, "num_ppo_epochs": 1, "num_mini_batches": 8}
 VARIANTS = {
     "trl_defaults": {},
     "trl_defaults_lr_5e-4": {"learning_rate": 5e-4},  # the default, 3e-6, is for models a thousand times larger
@@ -56,6 +56,7 @@ def train(name: str, changes: dict, settings: dict, config: dict, seed: int, out
     policy = AutoModelForCausalLM.from_pretrained(settings["policy"])
     texts = data.nlg_texts(argparse.Namespace(**settings))["valid"]
     queries, _ = data.split_queries(texts, tokenizer, settings["query_length"])
+    asked = tokenizer(queries, add_special_tokens=False)["input_ids"]  # an end-of-text token would end the query
     reward = reward_with_one_output(settings, config)
     arguments = PPOConfig(
         output_dir=str(out),
@@ -83,8 +84,8 @@ def train(name: str, changes: dict, settings: dict, config: dict, seed: int, out
         ref_model=copy.deepcopy(policy),
         reward_model=reward,
         value_model=copy.deepcopy(reward),  # as in TRL's examples
-        train_dataset=Dataset.from_dict({"input_ids": tokenizer(queries)["input_ids"]}),
-        eval_dataset=Dataset.from_dict({"input_ids": tokenizer(queries[:8])["input_ids"]}),
+        train_dataset=Dataset.from_dict({"input_ids": asked}),
+        eval_dataset=Dataset.from_dict({"input_ids": asked[:8]}),
         data_collator=DataCollatorWithPadding(tokenizer),
     )
     start = time.perf_counter()
