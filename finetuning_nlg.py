@@ -62,9 +62,9 @@ def parse_args() -> argparse.Namespace:
     reward.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
     reward.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
     learning = parser.add_argument_group("PPO")
-    learning.add_argument("--episodes", type=COUNT, default=40_960, help="responses in all")
+    learning.add_argument("--episodes", type=COUNT, default=30_720, help="responses in all")
     learning.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
-    learning.add_argument("--minibatches", type=COUNT, default=8, help="optimizer steps per pass over a batch")
+    learning.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
     learning.add_argument("--ppo-epochs", type=COUNT, default=1, help="K, passes over a batch")
     learning.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate, falling to 0")
     learning.add_argument(

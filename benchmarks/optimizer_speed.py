@@ -1,0 +1,51 @@
+"""Milliseconds a step of our Muon and of torch.optim.Muon takes on the default model's matrices, side by side.
+
+python benchmarks/optimizer_speed.py
+ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/optimizer_speed.py    # as a processor without bf16
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import model_io
+import muon
+
+REPEATS, STEPS = 7, 5
+
+
+def matrices() -> list[nn.Parameter]:
+    """Of as many shapes as the default model's, with gradients."""
+    width = model_io.SCRATCH["n_embd"]
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * model_io.SCRATCH["n_layer"]
+    found = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for matrix in found:
+        matrix.grad = torch.randn_like(matrix)
+    return found
+
+
+def main() -> None:
+    optimizers = {
+        "muon.Muon, 3 Newton-Schulz steps in float32": muon.Muon(matrices(), lr=1e-3),
+        "torch.optim.Muon, 3 steps in bfloat16": torch.optim.Muon(matrices(), lr=1e-3, ns_steps=3),
+        "torch.optim.Muon, 5 steps (its default)": torch.optim.Muon(matrices(), lr=1e-3),
+    }
+    seconds = {name: [] for name in optimizers}
+    for _ in range(REPEATS):  # in turn, so that a slow moment of the machine meets all of them
+        for name, optimizer in optimizers.items():
+            start = time.perf_counter()
+            for _ in range(STEPS):
+                optimizer.step()
+            seconds[name].append((time.perf_counter() - start) / STEPS)
+    for name, found in seconds.items():
+        low, middle, high = (1000 * f(found) for f in (min, statistics.median, max))
+        print(f"{name}: {middle:.1f} ms ({low:.1f} to {high:.1f})")
+
+
+if __name__ == "__main__":
+    main()
