@@ -150,10 +150,16 @@ def write_json(path: Path, value: dict) -> Path:
     return path
 
 
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+
+
 def provenance(device: torch.device) -> dict:
     """What a result must name to be repeated: command, commit, versions, machine."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    here = Path(__file__).parent
+    commit = _git(here, "describe", "--always", "--abbrev=12").stdout.strip()
+    if _git(here, "diff", "--quiet", "HEAD", "--", ".", ":!data_results").returncode == 1:  # the code, not results
+        commit += "-dirty"
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit or None,

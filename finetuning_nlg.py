@@ -127,7 +127,6 @@ def main() -> None:
         "stop_after": args.stop_after,
         "generator": torch.Generator(device).manual_seed(args.seed),
     }
-
     learning = {
         "epochs": args.ppo_epochs,
         "minibatches": args.minibatches,

@@ -184,6 +184,25 @@ def test_the_same_seed_gives_the_same_run(chain):
     pd.testing.assert_frame_equal(*logs)
 
 
+def test_a_result_names_its_commit_and_whether_the_code_was_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    (tmp_path / "data_results").mkdir()
+    for name in ("common.py", "data_results/log.csv"):
+        (tmp_path / name).write_text("before")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "one")
+    commit = git("rev-parse", "HEAD").stdout[:12]
+    (tmp_path / "data_results" / "log.csv").write_text("a run's own output is no change of the code")
+    assert common.provenance(torch.device("cpu"))["commit"] == commit
+    (tmp_path / "common.py").write_text("after")
+    assert common.provenance(torch.device("cpu"))["commit"] == f"{commit}-dirty"
+
+
 def test_any_function_can_be_the_reward(chain, tmp_path):
     (tmp_path / "long.py").write_text("def score(texts):\n    return [len(text.split()) for text in texts]\n")
     run(
