@@ -1,6 +1,6 @@
 """Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024).
 
-torch.optim.Muon computes in bfloat16, which processors without instructions for it do some forty times slower than
+torch.optim.Muon computes in bfloat16, which processors without instructions for it do some thirty times slower than
 float32; and one matrix after another, which keeps a small model waiting. The numbers are the same but for rounding.
 """
 
