@@ -130,7 +130,7 @@ def main() -> None:
             f"that was possible at it (95% interval over queries {low:.1%} to {high:.1%})"
         )
         print(table(evaluation).to_string(float_format="%.3f"))
-        print(f"saved to {run / 'evaluation.json'}; figure: {figure}")
+        print(f"saved to {run / 'evaluation.json'}" + (f"; figure: {figure}" if figure else ""))
 
 
 def read(texts: list[str], terminated: torch.Tensor, reward_model: Callable, judge: Callable | None) -> pd.DataFrame:

@@ -204,7 +204,7 @@ def main() -> None:
     save_policy(args, policy.model, tokenizer, sampling["stop_id"], row, baseline, device)
     show_pairs(texts_before, model_io.continuations(policy.model, tokenizer, chosen[:4], **sampling), chosen)
     figure = figures.save_improvement(Path(args.results), args.ppo_epochs, args.lr)
-    print(f"policy: {args.out}; run: {folder}; figure: {figure}")
+    print(f"policy: {args.out}; run: {folder}" + (f"; figure: {figure}" if figure else ""))
 
 
 def start_run(folder: Path, args: argparse.Namespace, baseline: dict, device: torch.device):
