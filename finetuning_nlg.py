@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     )
     rollout.add_argument("--reference-samples", type=COUNT, default=4096, help="samples that normalise the score")
     reward = parser.add_argument_group("reward")
-    reward.add_argument("--kl-coef", type=number(float, 0), default=0.1, help="price of a nat of KL, first or fixed")
+    reward.add_argument("--kl-coef", type=number(float, 0), default=0.2, help="price of a nat of KL, first or fixed")
     reward.add_argument(
         "--kl",
         choices=("exact", "sampled"),
