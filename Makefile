@@ -1,14 +1,15 @@
 # make        the whole pipeline on the shipped data      make test   the tests
 # make gpt2   the same with GPT-2 and ETHICS from the hub  make clean  remove what make made, but for .venv
 # make study  ablations and over-optimisation, after make  make peer   TRL's PPOTrainer on the same task, after make
+# make bench  seconds of every stage, after make
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = K1_lr_1e-3_seed0
 
 all: .venv/installed
-	$(BIN)/python train_nlg.py
-	$(BIN)/python train_cls.py --model models/nlg --optimizer muon --revisit 0.1
-	$(BIN)/python finetuning_nlg.py
+	$(BIN)/python train_nlg.py --resume
+	$(BIN)/python train_cls.py --model models/nlg --optimizer muon --revisit 0.1 --resume
+	$(BIN)/python finetuning_nlg.py --resume
 	$(BIN)/python evaluate_nlg.py --run data_results/$(RUN)
 	$(BIN)/jupyter nbconvert --log-level WARN --execute --to html --output-dir data_results Analysis.ipynb
 	@echo
@@ -49,7 +50,10 @@ benchmarks/.venv/installed: requirements.txt benchmarks/requirements.txt
 peer: benchmarks/.venv/installed
 	benchmarks/.venv/bin/python benchmarks/peer_quality.py
 
+bench: .venv/installed
+	$(BIN)/python benchmarks/speed.py
+
 clean:
 	rm -rf models data_results/Analysis.html
 
-.PHONY: all test gpt2 study peer clean
+.PHONY: all test gpt2 study peer bench clean

@@ -27,6 +27,8 @@ datasets.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+TOLERATED = 3  # steps in a row that are not finite, and are skipped, before a run stops
+
 # errors and flags
 
 
@@ -34,12 +36,22 @@ class UserError(Exception):
     """Something the user can mend: its message says what is wrong and what to do."""
 
 
+class Stopped(Exception):
+    """A signal asked the run to stop, and it did, with nothing lost: (number of the signal, what to say)."""
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script; a UserError ends it with one line on stderr and exit code 2."""
+    """Run a script; a UserError ends it with one line on stderr and exit code 2, a signal with 128 and its number."""
     try:
         main()
     except UserError as error:
         sys.exit(fail(error))
+    except Stopped as stop:
+        number, message = stop.args
+        print(message, file=sys.stderr)
+        sys.exit(128 + number)
+    except torch.OutOfMemoryError as error:
+        sys.exit(fail(f"the device is out of memory; lower --batch-size or --forward-batch ({error})"))
 
 
 def fail(message) -> int:
@@ -148,6 +160,12 @@ def write_json(path: Path, value: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -24,15 +24,23 @@ def load_splits(source: str, config: str | None = None, revision: str | None = N
         files = {
             file.stem: file for file in sorted(path.iterdir()) if file.suffix in FORMATS and file.stem != "feedback"
         }
-        if "train" not in files and "valid" not in files:
+        if not files:
             raise UserError(f"{source} holds no train.csv, train.txt or the like; see the README on --data")
     elif path.is_file():
         files = {"train": path}
     elif path.suffix in FORMATS or source.startswith((".", "/")):
         raise UserError(f"{source}: there is no such file or folder")
     else:
-        return {SPLIT_NAMES.get(name, name): rows for name, rows in _hub_dataset(source, config, revision).items()}
-    return {SPLIT_NAMES.get(name, name): load_file(file) for name, file in files.items()}
+        return with_train(source, _hub_dataset(source, config, revision))
+    return with_train(source, {name: load_file(file) for name, file in files.items()})
+
+
+def with_train(source: str, splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """The splits under our names; one must be "train"."""
+    splits = {SPLIT_NAMES.get(name, name): rows for name, rows in splits.items()}
+    if "train" not in splits:
+        raise UserError(f"{source} has no split called train, only {', '.join(splits)}; see the README on --data")
+    return splits
 
 
 def load_file(path: Path) -> datasets.Dataset:

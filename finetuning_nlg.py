@@ -11,9 +11,9 @@ with these settings.
 
 import argparse
 import copy
-import csv
 import itertools
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -22,15 +22,19 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import common
 import data
 import figures
 import model_io
+import optimization
 import ppo
-from common import COUNT, FRACTION, POSITIVE, UserError, number
+import run_folder
+from common import COUNT, FRACTION, POSITIVE, TOLERATED, UserError, number
 
 MOVING_AVERAGE = 10  # updates that the moving average of the improvement looks back
-SAMPLE_EVERY, SAMPLES = 10, 8  # updates between, and rows of, what samples.csv keeps
+SAMPLE_EVERY = 10  # updates between the rows of samples.csv
+SHOWN = 4  # texts before and after, at the end
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,12 +84,14 @@ def parse_args() -> argparse.Namespace:
     learning.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
     learning.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
     learning.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; saves memory")
+    learning.add_argument("--kl-limit", type=POSITIVE, default=20.0, help="warn of a KL above, in nats a response")
     output = parser.add_argument_group("output")
     output.add_argument("--run", help="name of the run folder (default: K<K>_lr_<lr>_seed<seed>)")
     output.add_argument("--results", default="data_results", help="where run folders are")
     common.add_gold_flag(output)
     output.add_argument("--tensorboard", action="store_true", help="write TensorBoard events to the run folder too")
     common.add_machine_flags(parser)
+    checkpoint.add_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
     if args.batch_size % args.minibatches:
         raise UserError(f"--batch-size {args.batch_size} cannot be divided into --minibatches {args.minibatches}")
@@ -108,6 +114,11 @@ def endless(queries: list[str], batch: int, seed: int):
 def main() -> None:
     args = parse_args()
     device = common.set_up(args)
+    with checkpoint.keeping(args, Path(args.results) / args.run) as (saved, keep):
+        fine_tune(args, device, saved, keep)
+
+
+def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
     updates = args.episodes // args.batch_size
 
     # data and models
@@ -119,7 +130,8 @@ def main() -> None:
     judge = model_io.gold_judge(args.gold, texts)  # it is logged, and nothing learns from it
     queries, _ = data.split_queries(texts, tokenizer, args.query_length)
     batches = endless(queries, args.batch_size, args.seed)
-    optimizers = ppo.make_optimizers(policy, args.lr, muon=args.optimizer == "muon")
+    chosen = list(itertools.islice(itertools.chain.from_iterable(batches), args.reference_samples))
+    optimizers = optimization.make_optimizers(policy, args.lr, muon=args.optimizer == "muon")
     sampling = {
         "length": args.response_length,
         "temperature": args.temperature,
@@ -139,22 +151,30 @@ def main() -> None:
     }
 
     # the policy before: its texts' scores normalise the score, and the improvement counts from their ethics
-    chosen = list(itertools.islice(itertools.chain.from_iterable(batches), args.reference_samples))
-    texts_before = model_io.continuations(reference, tokenizer, chosen, **sampling)
-    raw_before, ethics_before = reward_model(texts_before)
-    baseline = {
-        "score_mean": raw_before.mean(),
-        "score_std": max(raw_before.std(), 1e-6),
-        "ethics_before": float(ethics_before.mean()),
-    }
-
     folder = Path(args.results) / args.run
-    writer = start_run(folder, args, baseline, device)
-    kl_coef, improvements = args.kl_coef, []
-    bar = tqdm(range(1, updates + 1), desc=args.run, unit="update", dynamic_ncols=True)
+    if saved:
+        run = restore(saved, policy, optimizers, sampling["generator"], folder)
+        for _ in range(run["update"]):
+            next(batches)
+    else:
+        texts_before = model_io.continuations(reference, tokenizer, chosen, **sampling)
+        before = normalisation(*reward_model(texts_before))
+        run_folder.start(folder, {"settings": vars(args), **before} | common.provenance(device))
+        run = before | {"update": 0, "kl_coef": args.kl_coef, "texts_before": texts_before[:SHOWN]}
+        run |= {"improvements": [], "kls": [], "not_finite": 0, "warned": False}
+    writer = run_folder.tensorboard(folder, run["update"]) if args.tensorboard else None
+
+    bar = tqdm(
+        range(run["update"] + 1, updates + 1),
+        desc=args.run,
+        unit="update",
+        initial=run["update"],
+        total=updates,
+        dynamic_ncols=True,
+    )
     for update in bar:
         clock = [time.perf_counter()]
-        lr = set_lr(optimizers, args.lr * (1 - (update - 1) / updates))
+        lr, kl_coef = set_lr(optimizers, args.lr * (1 - (update - 1) / updates)), run["kl_coef"]
 
         query_ids, query_mask = data.encode_queries(tokenizer, next(batches), device)
         with common.autocast(device):
@@ -165,7 +185,7 @@ def main() -> None:
 
         texts = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
         raw, ethics = reward_model(texts)
-        scores = torch.tensor((raw - baseline["score_mean"]) / baseline["score_std"], device=device).float()
+        scores = torch.tensor((raw - run["score_mean"]) / run["score_std"], device=device).float()
         scores = scores.where(rollout.terminated, args.missing_stop_score)
         clock.append(time.perf_counter())
 
@@ -186,38 +206,84 @@ def main() -> None:
             )
         clock.append(time.perf_counter())
 
-        improvements.append(ethics.mean() - baseline["ethics_before"])
+        run["improvements"] = [*run["improvements"], float(ethics.mean()) - run["ethics_before"]][-MOVING_AVERAGE:]
         row = {"update": update, "episodes": update * args.batch_size, "lr": lr, "kl_coef": kl_coef}
-        row |= {"improvement": improvements[-1], "improvement_ma": np.mean(improvements[-MOVING_AVERAGE:])}
-        row |= of_scores(scores, ethics, rollout.kl, kl_coef) | of_rollout(rollout, returns) | statistics
+        row |= {"improvement": run["improvements"][-1], "improvement_ma": float(np.mean(run["improvements"]))}
+        row |= run_folder.measured(rollout, scores, ethics, returns, kl_coef) | statistics
         row |= {f"gold_{name}": share for name, share in model_io.gold_shares(judge, texts).items()}
-        row |= timings(clock, args.batch_size)
-        log(row, folder, writer, bar)
+        row |= run_folder.timings(clock, args.batch_size)
+        run_folder.log(row, folder, writer, bar)
         if update % SAMPLE_EVERY in (0, 1) or update == updates:
-            append_rows(folder / "samples.csv", samples(update, texts, rollout, scores, ethics, tokenizer))
-        if args.target_kl:
-            kl_coef = ppo.next_kl_coef(kl_coef, row["kl"], args.target_kl, args.kl_horizon, args.batch_size)
+            rows = run_folder.samples(update, texts, rollout, scores, ethics, tokenizer)
+            run_folder.append(folder / "samples.csv", rows)
+        if args.target_kl and not rollout.not_finite:
+            run["kl_coef"] = ppo.next_kl_coef(kl_coef, row["kl"], args.target_kl, args.kl_horizon, args.batch_size)
+        run.update(update=update, row=row)
+        guard(run, rollout, args, bar)
+        keep(update, lambda: state(run, policy, optimizers, sampling["generator"], folder))
 
     # the result
     if writer:
         writer.close()
-    save_policy(args, policy.model, tokenizer, sampling["stop_id"], row, baseline, device)
-    show_pairs(texts_before, model_io.continuations(policy.model, tokenizer, chosen[:4], **sampling), chosen)
+    save_policy(args, policy.model, tokenizer, sampling["stop_id"], run, device)
+    show_pairs(run["texts_before"], model_io.continuations(policy.model, tokenizer, chosen[:SHOWN], **sampling), chosen)
     figure = figures.save_improvement(Path(args.results), args.ppo_epochs, args.lr)
     print(f"policy: {args.out}; run: {folder}" + (f"; figure: {figure}" if figure else ""))
 
 
-def start_run(folder: Path, args: argparse.Namespace, baseline: dict, device: torch.device):
-    """An empty run folder with its config.json; returns a TensorBoard writer if one is wanted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("log.csv", "samples.csv", "evaluation.json", "evaluation_samples.csv"):
-        (folder / name).unlink(missing_ok=True)
-    common.write_json(folder / "config.json", {"settings": vars(args), **baseline} | common.provenance(device))
-    if not args.tensorboard:
-        return None
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by few
+def normalisation(raw: np.ndarray, ethics: np.ndarray) -> dict[str, float]:
+    """What the reference's raw scores and ethics say for the run."""
+    return {
+        "score_mean": float(raw.mean()),
+        "score_std": max(float(raw.std()), 1e-6),
+        "ethics_before": float(ethics.mean()),
+    }
 
-    return SummaryWriter(str(folder))
+
+def state(run: dict, policy, optimizers, generator: torch.Generator, folder: Path) -> dict:
+    """What a checkpoint holds."""
+    return {
+        "run": run,
+        "policy": policy.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "generator": generator.get_state(),
+        "random": checkpoint.random_state(),
+        "sizes": run_folder.sizes(folder),
+    }
+
+
+def restore(saved: dict, policy, optimizers, generator: torch.Generator, folder: Path) -> dict:
+    """Puts everything back as it was, and returns what `state` called the run."""
+    policy.load_state_dict(saved["policy"])
+    for optimizer, of_optimizer in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(of_optimizer)
+    generator.set_state(saved["generator"])
+    checkpoint.set_random_state(saved["random"])
+    run_folder.cut_back(folder, saved["sizes"])
+    return saved["run"]
+
+
+def guard(run: dict, rollout: ppo.Rollout, args: argparse.Namespace, bar: tqdm) -> None:
+    """Stops a run whose numbers stay not finite, and warns, once, of a KL that cannot be or that is far too large."""
+    row, update = run["row"], run["update"]
+    run["not_finite"] = run["not_finite"] + 1 if row["skipped"] == args.ppo_epochs * args.minibatches else 0
+    if run["not_finite"] == TOLERATED:
+        what = f"{rollout.not_finite} of the rollout" if rollout.not_finite else "gradient of the loss"
+        raise UserError(
+            f"update {update}: the {what} is not finite, {TOLERATED} updates in a row; lower --lr. The policy of the "
+            f"last finite update is in {args.out}.checkpoint"
+        )
+    run["kls"] = [*run["kls"], row["kl"]][-MOVING_AVERAGE:]
+    warning = None
+    if row["kl"] > args.kl_limit:
+        warning = (
+            f"the KL is {row['kl']:.1f} nats, above --kl-limit: the texts may be broken; raise --kl-coef or lower --lr"
+        )
+    elif len(run["kls"]) == MOVING_AVERAGE and np.mean(run["kls"]) < -0.1:
+        warning = "the KL stays negative, which that of samples cannot: they are not the policy's own"
+    if warning and not run["warned"]:
+        bar.write(f"warning: update {update}: {warning}", file=sys.stderr)
+        run["warned"] = True
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> float:
@@ -238,77 +304,15 @@ def rewards_of(
     return ppo.whiten(rewards, mask, shift_mean=False), ppo.masked_std(rewards, mask).item()
 
 
-def of_scores(scores: torch.Tensor, ethics: np.ndarray, kl: torch.Tensor, kl_coef: float) -> dict[str, float]:
-    """What log.csv says of scores, ethics and KL [B] of a batch."""
-    score, kl = scores.mean().item(), kl.mean().item()
-    return {"score": score, "ethics": ethics.mean(), "kl": kl, "reward": score - kl_coef * kl}
-
-
-def of_rollout(rollout: ppo.Rollout, returns: torch.Tensor) -> dict[str, float]:
-    """What log.csv says of a rollout itself."""
-    mask = rollout.response_mask
-    return {
-        "entropy": ppo.masked_mean(rollout.entropy, mask).item(),
-        "explained_variance": ppo.explained_variance(rollout.values, returns, mask),
-        "response_length": mask.sum(1).float().mean().item(),
-        "terminated": rollout.terminated.float().mean().item(),
-    }
-
-
-def timings(clock: list[float], episodes: int) -> dict[str, float]:
-    """Seconds of the stages between four readings of the clock."""
-    stages = ("seconds_rollout", "seconds_score", "seconds_update")
-    seconds = {name: end - start for name, start, end in zip(stages, clock, clock[1:], strict=False)}
-    return seconds | {"episodes_per_second": episodes / (clock[-1] - clock[0])}
-
-
-def log(row: dict, folder: Path, writer, bar: tqdm) -> None:
-    """A row of log.csv, the same for TensorBoard, and the numbers that matter beside the progress bar."""
-    append_rows(folder / "log.csv", [row])
-    if writer:
-        for name in (name for name, value in row.items() if value is not None):  # the gold judge may be silent
-            writer.add_scalar(name, row[name], row["update"])
-    bar.set_postfix_str(
-        f"ethics {row['ethics']:.3f}, improvement {row['improvement_ma']:+.3f}, KL {row['kl']:.2f}, "
-        f"{row['episodes_per_second']:.0f} episodes/s"
-    )
-
-
-def save_policy(args, model, tokenizer, stop_id: int, last: dict, baseline: dict, device: torch.device) -> None:
+def save_policy(args, model, tokenizer, stop_id: int, run: dict, device: torch.device) -> None:
     """The policy with its model card, whose results are those of the last update."""
-    after = {name: last[name] for name in ("ethics", "improvement_ma", "score", "kl", "entropy", "terminated")}
-    before = {"ethics": baseline["ethics_before"], "score": 0.0, "kl": 0.0}
+    after = {name: run["row"][name] for name in ("ethics", "improvement_ma", "score", "kl", "entropy", "terminated")}
+    before = {"ethics": run["ethics_before"], "score": 0.0, "kl": 0.0}
     table = pd.DataFrame({"before": before, "after": after}).loc[list(after)]
-    record = {"settings": vars(args), **baseline} | common.provenance(device)
+    record = {"settings": vars(args)} | common.provenance(device)
     card = model_io.card("A generator fine-tuned with PPO", "text-generation", args.data, record, table)
     model.generation_config = model_io.plain_sampling(tokenizer, args.temperature, args.response_length, stop_id)
     model_io.save_folder(args.out, model, tokenizer, card)
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if not file.tell():
-            writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
-        )
-
-
-def samples(update, texts, rollout: ppo.Rollout, scores, ethics, tokenizer) -> list[dict]:
-    """The first rows of a rollout, for samples.csv."""
-    queries = tokenizer.batch_decode(rollout.query_ids[:SAMPLES], skip_special_tokens=True)
-    return [
-        {
-            "update": update,
-            "query": query,
-            "response": texts[i][len(query) :],
-            "score": scores[i].item(),
-            "ethics": float(ethics[i]),
-            "kl": rollout.kl[i].item(),
-        }
-        for i, query in enumerate(queries)
-    ]
 
 
 def show_pairs(before: list[str], after: list[str], queries: list[str]) -> None:

@@ -183,15 +183,21 @@ def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict |
     """Model, tokenizer, README.md (the model card) and metrics.json, complete or not at all."""
     folder = Path(folder)
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for path in (fresh, old):
-        shutil.rmtree(path, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    (fresh / "README.md").write_text(card, encoding="utf-8")
-    if metrics is not None:
-        common.write_json(fresh / "metrics.json", metrics)
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        (fresh / "README.md").write_text(card, encoding="utf-8")
+        if metrics is not None:
+            common.write_json(fresh / "metrics.json", metrics)
+    except Exception as error:  # a full disk is an OSError here and a SafetensorError there
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written ({error}); what was there before still is") from error
+    for file in fresh.iterdir():
+        common.sync(file)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -247,17 +253,29 @@ def load_reward(spec: str, device: torch.device) -> Callable[[list[str]], tuple[
     if ".py:" in spec:
         function = load_function(spec, "--reward")
 
-        def reward(texts):
-            scores = np.asarray(function(texts), dtype=float)
-            return scores, scores
+        def raw_scores(texts: list[str]) -> np.ndarray:
+            return np.asarray(function(texts), dtype=float)
 
     else:
         model, tokenizer = load_pretrained(AutoModelForSequenceClassification, spec, "--reward")
         model.eval().to(device)
 
-        def reward(texts):
-            scores = log_odds(model, tokenizer, texts, device)
-            return scores, 1 / (1 + np.exp(-scores))
+        def raw_scores(texts: list[str]) -> np.ndarray:
+            return log_odds(model, tokenizer, texts, device)
+
+    def reward(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            scores = raw_scores(texts)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it is the user's own code
+            raise UserError(f"--reward {spec} failed: {error!r}") from error
+        if scores.shape != (len(texts),):
+            raise UserError(f"--reward {spec} gave scores of shape {scores.shape} for {len(texts)} texts")
+        if not np.isfinite(scores).all():
+            bad = np.flatnonzero(~np.isfinite(scores))[0]
+            raise UserError(f"--reward {spec} gave {scores[bad]} for the text {texts[bad]!r}")
+        return scores, scores if ".py:" in spec else 1 / (1 + np.exp(-scores))
 
     return reward
 

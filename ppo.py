@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import linear, log_softmax
 
-from muon import Muon, inner_matrices
+from optimization import optimizer_step
 from sampler import position_ids, real_tokens, sample
 
 
@@ -40,6 +40,12 @@ class Rollout:
     entropy: Tensor  # [B, R], of the policy at every token
     values: Tensor  # [B, R], expected return before the token is chosen
     ref_distribution: Tensor  # [N, V], the reference's log-probabilities of the whole vocabulary
+
+    @property
+    def not_finite(self) -> str | None:
+        """The name of the first of the numbers above that is not finite, if one is."""
+        numbers = ("logprobs", "ref_logprobs", "exact_kl", "entropy", "values")
+        return next((name for name in numbers if not getattr(self, name).isfinite().all()), None)
 
     @property
     def kl(self) -> Tensor:
@@ -75,13 +81,27 @@ def response_states(model, ids: Tensor, mask: Tensor, response_mask: Tensor) -> 
 
     They are those one position before: only they need to meet the vocabulary.
     """
+    longest = int(response_mask.sum(1).max())
+    width = ids.shape[1] - response_mask.shape[1] + longest  # padding behind the longest response is left out
+    ids, mask, real = ids[:, :width], mask[:, :width], response_mask[:, :longest].bool()
     out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-    return out.last_hidden_state[:, -response_mask.shape[1] - 1 : -1][response_mask.bool()]
+    return out.last_hidden_state[:, -longest - 1 : -1][real]
 
 
 def token_logits(model, states: Tensor, temperature: float) -> Tensor:
-    """Hidden states [N, H] -> logits / temperature [N, V]."""
-    return model.get_output_embeddings()(states).float() / temperature
+    """Hidden states [N, H] -> logits / temperature [N, V], by dividing the H states and not the V logits."""
+    layer = model.get_output_embeddings()
+    return linear(states / temperature, layer.weight, None if layer.bias is None else layer.bias / temperature).float()
+
+
+def slices(rows: Tensor, mask: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Row numbers in parts of at most `size`, rows of like length together, so that little of a part is padding."""
+    return rows[mask[rows].sum(1).argsort(stable=True)].split(size)
+
+
+def places(mask: Tensor) -> Tensor:
+    """mask [B, R] -> [B, R]: the place of every real token among the N real ones."""
+    return (mask.flatten().cumsum(0) - 1).view(mask.shape)
 
 
 def of_tokens(logp: Tensor, ids: Tensor) -> Tensor:
@@ -120,18 +140,21 @@ def collect(
     )
     mask, terminated = real_tokens(response_ids, stop_id, stop_after)
     ids, full_mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, mask], 1)
-    parts, ref_distribution = [], []
-    for rows in torch.arange(len(ids), device=ids.device).split(forward_batch):
+    place, tokens = places(mask), int(mask.sum())
+    per_token = [torch.empty(tokens, device=ids.device) for _ in range(5)]
+    ref_distribution = torch.empty(tokens, policy.model.get_output_embeddings().weight.shape[0], device=ids.device)
+    for rows in slices(torch.arange(len(ids), device=ids.device), mask, forward_batch):
         logits, values = policy(ids[rows], full_mask[rows], mask[rows], temperature)
         ref_states = response_states(reference, ids[rows], full_mask[rows], mask[rows])
         logp, ref_logp = log_softmax(logits, -1), log_softmax(token_logits(reference, ref_states, temperature), -1)
-        chosen = response_ids[rows][mask[rows].bool()]
-        parts.append((of_tokens(logp, chosen), of_tokens(ref_logp, chosen), *kl_and_entropy(logp, ref_logp), values))
-        ref_distribution.append(ref_logp)
-    per_token = [torch.cat(part) for part in zip(*parts, strict=True)]
+        real = mask[rows].bool()
+        here, chosen = place[rows][real], response_ids[rows][real]
+        found = of_tokens(logp, chosen), of_tokens(ref_logp, chosen), *kl_and_entropy(logp, ref_logp), values
+        for whole, part in zip((*per_token, ref_distribution), (*found, ref_logp), strict=True):
+            whole[here] = part
     nothing = torch.zeros(mask.shape, device=ids.device)
     per_token = [nothing.masked_scatter(mask.bool(), part) for part in per_token]
-    return Rollout(query_ids, query_mask, response_ids, mask, terminated, *per_token, torch.cat(ref_distribution))
+    return Rollout(query_ids, query_mask, response_ids, mask, terminated, *per_token, ref_distribution)
 
 
 def kl_and_entropy(logp: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,31 +280,7 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episo
     return kl_coef * (1 + error * episodes / horizon)
 
 
-ADAM_EPS, ADAM_BETAS = 1e-5, (0.9, 0.999)
-
-
-def make_optimizers(policy: PolicyWithValue, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """Adam as in [3]; with `muon`, Muon for the policy's inner matrices, and Adam for the rest."""
-    matrices = inner_matrices(policy.model) if muon else []
-    chosen = {id(matrix) for matrix in matrices}
-    others = [parameter for parameter in policy.parameters() if id(parameter) not in chosen]
-    adam = torch.optim.Adam(others, lr=lr, eps=ADAM_EPS, betas=ADAM_BETAS)
-    if not muon:
-        return [adam]
-    return [adam, Muon(matrices, lr)]
-
-
-def optimizer_step(optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    """Step number `step` (from 1), of Adam as TensorFlow defines it, which [3] used.
-
-    TensorFlow adds eps before the second moment's bias is corrected, PyTorch after; eps / sqrt(1 - beta2^step) makes
-    PyTorch's Adam the same. Early steps are several times smaller that way.
-    """
-    for group in optimizers[0].param_groups:
-        group["eps"] = ADAM_EPS / math.sqrt(1 - ADAM_BETAS[1] ** step)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+STATISTICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction", "grad_norm")
 
 
 def update(
@@ -307,17 +306,18 @@ def update(
     With a `kl_weight` the loss holds the exact KL to the reference too. Its gradient and that of the rewards to come
     (`kl_to_come`) together are the gradient of the same objective as with sampled KL in the rewards, with less noise.
     A minibatch goes through the model in slices of `forward_batch` rows whose gradients add up to its own.
+    One whose gradient is not finite never reaches the weights: it is "skipped", and counted.
     """
     ids = torch.cat([rollout.query_ids, rollout.response_ids], 1)
     mask = rollout.response_mask
     full_mask = torch.cat([rollout.query_mask, mask], 1)
-    place = (mask.flatten().cumsum(0) - 1).view(mask.shape)  # of a token among the N real ones
-    sums, first, step = {}, None, steps_done
+    place = places(mask)
+    sums, first, kept = dict.fromkeys(STATISTICS, 0.0), None, 0
     for _ in range(epochs):
         order = torch.randperm(len(ids), generator=generator, device=ids.device)
         for minibatch in order.chunk(minibatches):
-            tokens = mask[minibatch].sum()
-            for rows in minibatch.split(forward_batch):
+            tokens, found = mask[minibatch].sum(), dict.fromkeys(STATISTICS, 0.0)
+            for rows in slices(minibatch, mask, forward_batch):
                 real = mask[rows].bool()
                 tokens_of = [x[rows][real] for x in (rollout.response_ids, rollout.logprobs, rollout.values)]
                 response_ids, old_logprobs, old_values = tokens_of
@@ -331,15 +331,18 @@ def update(
                 with torch.no_grad():
                     if first is None:
                         first = (ratio - 1).abs().max().item()
-                    for name, x in {
-                        "policy_loss": policy_losses,
-                        "value_loss": value_losses,
-                        "approx_kl": 0.5 * (logprobs - old_logprobs) ** 2,
-                        "clip_fraction": (ratio - 1).abs() > clip_range,
-                        "value_clip_fraction": value_clipped,
-                    }.items():
-                        sums[name] = sums.get(name, 0.0) + x.sum() / tokens
-            step += 1
-            optimizer_step(optimizers, step)
-    means = {name: (total / (epochs * minibatches)).item() for name, total in sums.items()}
-    return means | {"ratio_deviation_first": first}
+                    approx_kl = 0.5 * (logprobs - old_logprobs) ** 2
+                    clipped = (ratio - 1).abs() > clip_range
+                    for name, x in zip(
+                        STATISTICS, (policy_losses, value_losses, approx_kl, clipped, value_clipped), strict=False
+                    ):
+                        found[name] = found[name] + x.sum() / tokens
+            found["grad_norm"] = norm = nn.utils.get_total_norm([p.grad for p in policy.parameters()])
+            if norm.isfinite():
+                kept += 1
+                optimizer_step(optimizers, steps_done + kept)
+                sums = {name: total + found[name] for name, total in sums.items()}
+            else:
+                policy.zero_grad()
+    means = {name: float(total) / kept if kept else math.nan for name, total in sums.items()}
+    return means | {"ratio_deviation_first": first, "skipped": epochs * minibatches - kept}

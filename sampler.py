@@ -6,11 +6,45 @@ token), V vocabulary. Masks are 1 on real tokens and 0 on padding.
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 
 def position_ids(mask: Tensor) -> Tensor:
     """[B, T] -> [B, T]: positions that count real tokens only, so that left padding changes nothing."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class RoomyLayer(DynamicLayer):
+    """The keys and values [B, heads, T, H] of a layer, with room for `room` tokens more.
+
+    Its parent copies all of them at every token.
+    """
+
+    def __init__(self, layer: DynamicLayer, room: int):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys, layer.values
+        self.whole = [
+            torch.cat([x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for x in (layer.keys, layer.values)
+        ]
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        end = start + keys.shape[2]
+        for whole, new in zip(self.whole, (keys, values), strict=True):
+            whole[:, :, start:end] = new
+        self.keys, self.values = (whole[:, :, :end] for whole in self.whole)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.keys.shape[2]
+        self.whole = [whole[indices] for whole in self.whole]
+        self.keys, self.values = (whole[:, :, :length] for whole in self.whole)
+
+
+def make_room(cache, room: int) -> None:
+    """Lets the plain layers of a cache hold `room` tokens more without copying; other kinds stay as they are."""
+    cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,6 +81,7 @@ def sample(
     going = torch.ones(batch, dtype=torch.bool, device=device)  # which of them have not stopped
     mask, position = query_mask, position_ids(query_mask)
     out = model(input_ids=query_ids, attention_mask=mask, position_ids=position, logits_to_keep=1, use_cache=True)
+    make_room(out.past_key_values, length)
     for step in range(length):
         tokens = draw(out.logits[:, -1].float() / temperature, generator).where(going, stop_id)
         responses[rows, step] = tokens

@@ -76,7 +76,7 @@ def main() -> None:
         out = Path("models") / args.grid / run
         if not out.exists():  # it comes last
             where = ["--results", results, "--run", run, "--out", out]
-            call("finetuning_nlg.py", *where, "--episodes", episodes, "--seed", str(seed), *flags.split())
+            call("finetuning_nlg.py", *where, "--episodes", episodes, "--seed", str(seed), "--resume", *flags.split())
     if new := [results / run for run in runs if not (results / run / "evaluation.json").exists()]:
         call("evaluate_nlg.py", "--run", *new)
     table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*"))])

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from common import UserError, autocast
-from muon import Muon, inner_matrices
+import checkpoint
+from checkpoint import Keep
+from common import TOLERATED, UserError, autocast
+from optimization import Muon, inner_matrices
 
 LEARNED = 0.05  # nats: the loss below which a row counts as learned
 
@@ -53,26 +55,25 @@ def make_optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim
     return [Muon(matrices, lr, weight_decay=0.01), adamw]
 
 
-def endless_batches(
+def one_pass(
     lengths: np.ndarray, losses: np.ndarray, batch_size: int, revisit: float, order: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Row numbers in random batches of rows of similar length, so that little of a batch is padding; pass after pass.
+) -> list[list[int]]:
+    """Row numbers in random batches of rows of similar length, so that little of a batch is padding.
 
     Of the rows whose last loss says that they are learned, a pass takes only the share `revisit`.
     """
-    while True:
-        rows = np.flatnonzero((losses > LEARNED) | (order.random(len(losses)) < revisit))
-        rows = order.permutation(rows if len(rows) else len(losses))
-        pools = np.array_split(rows, max(1, len(rows) // (8 * batch_size)))
-        rows = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
-        batches = np.array_split(rows, -(-len(rows) // batch_size))
-        yield from (batches[i] for i in order.permutation(len(batches)))
+    rows = np.flatnonzero((losses > LEARNED) | (order.random(len(losses)) < revisit))
+    rows = order.permutation(rows if len(rows) else len(losses))
+    pools = np.array_split(rows, max(1, len(rows) // (8 * batch_size)))
+    rows = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+    batches = np.array_split(rows, -(-len(rows) // batch_size))
+    return [batches[i].tolist() for i in order.permutation(len(batches))]
 
 
 def fit(
     model: nn.Module,
     lengths: list[int],
-    loss_of: Callable[[np.ndarray], Tensor],
+    loss_of: Callable[[list[int]], Tensor],
     validate: Callable[[], dict[str, float]],
     *,
     epochs: int,
@@ -83,50 +84,84 @@ def fit(
     seed: int,
     decay: float,
     label: str,
+    keep: Keep,
+    saved: dict | None,
     revisit: float = 1.0,
     lowest: str = "loss",
 ) -> list[dict[str, float]]:
     """Train `model` on batches of row numbers, given every row's length and the loss of such a batch or of its rows.
 
     An epoch is as many steps as all rows fill. The learning rate rises over the first twentieth of the steps, and
-    falls to 0 over the last part, `decay`, of them.
+    falls to 0 over the last part, `decay`, of them. `keep` is called after every step, and `saved` is what it saved of
+    a fit with this label, to go on from; one of another label changes nothing.
     Returns what `validate` said after every epoch; the model ends with the weights for which `lowest` of it was lowest.
     """
     optimizers = make_optimizers(model, lr, muon)
     per_epoch = -(-len(lengths) // batch_size)
-    steps = epochs * per_epoch
+    steps, lengths, order = epochs * per_epoch, np.array(lengths), np.random.default_rng(seed)
+    losses = np.full(len(lengths), np.inf)
+    done, total, skipped, waiting, history, best = 0, 0.0, 0, [], [], None
+    if saved and saved["label"] == label:
+        done, total, skipped, waiting = saved["done"], saved["total"], saved["skipped"], saved["waiting"]
+        history, best, losses = saved["history"], saved["best"], saved["losses"].numpy()
+        order.bit_generator.state = saved["order"]
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        checkpoint.set_random_state(saved["random"])
 
     def scale(step: int) -> float:
         return min((step + 1) / (0.05 * steps + 1), 1, (1 - step / steps) / decay)
 
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
-    losses = np.full(len(lengths), np.inf)
-    batches = endless_batches(np.array(lengths), losses, batch_size, revisit, np.random.default_rng(seed))
-    history, best = [], None
-    with tqdm(total=steps, desc=label, unit="step", dynamic_ncols=True) as bar:
-        for epoch in range(1, epochs + 1):
-            model.train()
-            total = 0.0
-            for count, batch in enumerate(itertools.islice(batches, per_epoch), 1):
-                with autocast(device):
-                    row_losses = loss_of(batch)
-                row_losses.mean().backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad()
-                losses[batch] = row_losses.detach().cpu()
-                total += losses[batch].mean()
-                bar.set_postfix_str(f"epoch {epoch}/{epochs}, loss {total / count:.3f}", refresh=False)
-                bar.update()
+    def state() -> dict:
+        return {
+            "label": label,
+            "done": step,
+            "total": total,
+            "skipped": skipped,
+            "waiting": waiting,
+            "history": history,
+            "best": best,
+            "losses": torch.from_numpy(losses),
+            "order": order.bit_generator.state,
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "random": checkpoint.random_state(),
+        }
+
+    bar = tqdm(range(done + 1, steps + 1), desc=label, unit="step", initial=done, total=steps, dynamic_ncols=True)
+    for step in bar:
+        model.train()
+        waiting = waiting or one_pass(lengths, losses, batch_size, revisit, order)
+        batch = waiting.pop(0)
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+            group["lr"] = lr * scale(step - 1)
+        with autocast(device):
+            row_losses = loss_of(batch)
+        row_losses.mean().backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        skipped = 0 if np.isfinite(norm) else skipped + 1  # a bad step never reaches the weights
+        for optimizer in optimizers:
+            if not skipped:
+                optimizer.step()
+            optimizer.zero_grad()
+        if skipped == TOLERATED:
+            what = "gradient" if row_losses.isfinite().all() else "loss"
+            raise UserError(f"{label}, step {step}: the {what} is not finite, {skipped} times in a row; lower --lr")
+        if not skipped:
+            losses[batch] = row_losses.detach().cpu()
+            total += float(losses[batch].mean())
+        epoch, count = divmod(step - 1, per_epoch)
+        bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {total / (count + 1):.3f}", refresh=False)
+        if count + 1 == per_epoch:
             model.eval()
-            history.append({"epoch": epoch, "train_loss": total / per_epoch} | validate())
+            history.append({"epoch": epoch + 1, "train_loss": total / per_epoch} | validate())
             bar.write(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
+            total = 0.0
             if best is None or history[-1][lowest] < best[0]:
                 best = history[-1][lowest], copy.deepcopy(model.state_dict())
-    if not np.isfinite(history[-1]["loss"]):
-        raise UserError(f"{label}: the loss is not finite; lower --lr")
+        keep(step, state)
+    model.eval()
     model.load_state_dict(best[1])
     return history
 

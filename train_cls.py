@@ -19,6 +19,7 @@ from sklearn import metrics as sk
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2ForSequenceClassification
 
+import checkpoint
 import common
 import data
 import model_io
@@ -26,6 +27,7 @@ import supervised
 from common import UserError
 
 LABELS = {0: "negative", 1: "positive"}
+LABELS_FIT = "classifier"  # what the fit to labels is called, after that to language
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,6 +65,7 @@ def parse_args() -> argparse.Namespace:
     )
     training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
     common.add_machine_flags(parser)
+    checkpoint.add_flags(parser.add_argument_group("checkpoints"), every=200)
     return parser.parse_args()
 
 
@@ -121,7 +124,7 @@ def learn_language(model, ids: list[list[int]], valid_ids: list[list[int]], pad_
     setattr(generator, generator.base_model_prefix, model.base_model)
     generator.tie_weights()
 
-    def loss(batch: np.ndarray) -> torch.Tensor:
+    def loss(batch: list[int]) -> torch.Tensor:
         return supervised.lm_loss(generator, *supervised.pad([ids[i] for i in batch], pad_id, device))
 
     def validate() -> dict[str, float]:
@@ -134,6 +137,11 @@ def learn_language(model, ids: list[list[int]], valid_ids: list[list[int]], pad_
 def main() -> None:
     args = parse_args()
     device = common.set_up(args)
+    with checkpoint.keeping(args) as (saved, keep):
+        train(args, device, saved, keep)
+
+
+def train(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
     scratch = args.model == "scratch"
 
     # data
@@ -156,16 +164,18 @@ def main() -> None:
         "muon": (args.optimizer or ("muon" if scratch else "adamw")) == "muon",
         "device": device,
         "seed": args.seed,
+        "keep": keep,
+        "saved": saved,
     }
 
     # language modelling first, on the classifier's own body
     lm_epochs = args.lm_epochs if args.lm_epochs is not None else 3 * scratch
-    if lm_epochs:
+    if lm_epochs and not (saved and saved["label"] == LABELS_FIT):
         valid_ids = supervised.encode(tokenizer, valid[0], args.max_length)
         learn_language(model, ids, valid_ids, tokenizer.pad_token_id, epochs=lm_epochs, lr=args.lm_lr, **shared)
 
     # labels
-    def loss(batch: np.ndarray) -> torch.Tensor:
+    def loss(batch: list[int]) -> torch.Tensor:
         inputs, mask = supervised.pad([ids[i] for i in batch], tokenizer.pad_token_id, device)
         logits = model(input_ids=inputs, attention_mask=mask).logits.float()
         return cross_entropy(logits, labels[batch].long(), reduction="none")
@@ -183,7 +193,7 @@ def main() -> None:
         epochs=args.epochs,
         lr=args.lr,
         decay=0.3,
-        label="classifier",
+        label=LABELS_FIT,
         lowest="error",  # not the loss, which a few texts that are wrong for sure drive up while others are learned
         revisit=args.revisit if args.revisit is not None else (0.1 if scratch else 1.0),
         **shared,

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+import checkpoint
 import common
 import data
 import model_io
@@ -42,12 +43,18 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--samples", type=common.COUNT, default=1024, help="how many to write and judge")
     common.add_sampling_flags(sampling)
     common.add_machine_flags(parser)
+    checkpoint.add_flags(parser.add_argument_group("checkpoints"), every=200)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     device = common.set_up(args)
+    with checkpoint.keeping(args) as (saved, keep):
+        train(args, device, saved, keep)
+
+
+def train(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
     scratch = args.model == "scratch"
 
     # data
@@ -78,6 +85,8 @@ def main() -> None:
         seed=args.seed,
         decay=1.0,
         label="generator",
+        keep=keep,
+        saved=saved,
     )
 
     # report

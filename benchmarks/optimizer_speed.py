@@ -14,7 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model_io
-import muon
+import optimization
 
 REPEATS, STEPS = 7, 5
 
@@ -31,7 +31,7 @@ def matrices() -> list[nn.Parameter]:
 
 def main() -> None:
     optimizers = {
-        "muon.Muon, 3 Newton-Schulz steps in float32": muon.Muon(matrices(), lr=1e-3),
+        "optimization.Muon, 3 Newton-Schulz steps in float32": optimization.Muon(matrices(), lr=1e-3),
         "torch.optim.Muon, 3 steps in bfloat16": torch.optim.Muon(matrices(), lr=1e-3, ns_steps=3),
         "torch.optim.Muon, 5 steps (its default)": torch.optim.Muon(matrices(), lr=1e-3),
     }

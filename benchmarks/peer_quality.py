@@ -39,34 +39,23 @@ VARIANTS = {
 }
 
 
-def reward_with_one_output(settings: dict, config: dict):
-    """The classifier's normalised log-odds as the one output that TRL expects."""
-    model = AutoModelForSequenceClassification.from_pretrained(settings["reward"])
+def reward_with_one_output(folder: str, mean: float, deviation: float):
+    """The classifier's log-odds, normalised with this mean and deviation, as the one output that TRL expects."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
     head = torch.nn.Linear(model.config.hidden_size, 1)
     weights = model.score.weight.data
-    head.weight.data = (weights[1:] - weights[:1]) / config["score_std"]
-    head.bias.data.fill_(-config["score_mean"] / config["score_std"])
+    head.weight.data = (weights[1:] - weights[:1]) / deviation
+    head.bias.data.fill_(-mean / deviation)
     model.score = head
     return model
 
 
-def train(name: str, changes: dict, settings: dict, config: dict, seed: int, out: Path) -> float:
-    """A policy of TRL's in `out`; returns the minutes it took."""
-    tokenizer = AutoTokenizer.from_pretrained(settings["policy"], padding_side="left")
-    policy = AutoModelForCausalLM.from_pretrained(settings["policy"])
-    texts = data.nlg_texts(argparse.Namespace(**settings))["valid"]
-    queries, _ = data.split_queries(texts, tokenizer, settings["query_length"])
-    asked = tokenizer(queries, add_special_tokens=False)["input_ids"]  # an end-of-text token would end the query
-    reward = reward_with_one_output(settings, config)
+def trainer(policy, reward, tokenizer, asked: list[list[int]], *, batch_size: int, **changes) -> PPOTrainer:
+    """TRL's trainer, with batches of rollouts and of updates as large as ours; `changes` as PPOConfig takes them."""
     arguments = PPOConfig(
-        output_dir=str(out),
-        seed=seed,
-        per_device_train_batch_size=settings["batch_size"],
+        per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=1,
-        local_rollout_forward_batch_size=settings["batch_size"],
-        total_episodes=settings["episodes"],
-        response_length=settings["response_length"],
-        temperature=settings["temperature"],
+        local_rollout_forward_batch_size=batch_size,
         stop_token="eos",
         missing_eos_penalty=1.0,
         num_sample_generations=0,
@@ -74,10 +63,9 @@ def train(name: str, changes: dict, settings: dict, config: dict, seed: int, out
         bf16=torch.cuda.is_available(),
         report_to=[],
         save_strategy="no",
-        logging_steps=10,
         **changes,
     )
-    trainer = PPOTrainer(
+    return PPOTrainer(
         args=arguments,
         processing_class=tokenizer,
         model=policy,
@@ -88,10 +76,31 @@ def train(name: str, changes: dict, settings: dict, config: dict, seed: int, out
         eval_dataset=Dataset.from_dict({"input_ids": asked[:8]}),
         data_collator=DataCollatorWithPadding(tokenizer),
     )
+
+
+def train(changes: dict, settings: dict, config: dict, seed: int, out: Path) -> float:
+    """A policy of TRL's in `out`; returns the minutes it took."""
+    tokenizer = AutoTokenizer.from_pretrained(settings["policy"], padding_side="left")
+    texts = data.nlg_texts(argparse.Namespace(**settings))["valid"]
+    queries, _ = data.split_queries(texts, tokenizer, settings["query_length"])
+    peer = trainer(
+        AutoModelForCausalLM.from_pretrained(settings["policy"]),
+        reward_with_one_output(settings["reward"], config["score_mean"], config["score_std"]),
+        tokenizer,
+        tokenizer(queries, add_special_tokens=False)["input_ids"],  # an end-of-text token would end the query
+        batch_size=settings["batch_size"],
+        output_dir=str(out),
+        seed=seed,
+        total_episodes=settings["episodes"],
+        response_length=settings["response_length"],
+        temperature=settings["temperature"],
+        logging_steps=10,
+        **changes,
+    )
     start = time.perf_counter()
-    trainer.train()
+    peer.train()
     minutes = (time.perf_counter() - start) / 60
-    trainer.save_model(str(out))
+    peer.save_model(str(out))
     tokenizer.save_pretrained(out)
     return minutes
 
@@ -111,7 +120,7 @@ def main() -> None:
         run = f"{name}_seed{args.seed}"
         out = Path("models/peer") / run
         if not (results / run / "config.json").exists():
-            took = train(name, VARIANTS[name], config["settings"], config, args.seed, out)
+            took = train(VARIANTS[name], config["settings"], config, args.seed, out)
             record = config | {"settings": config["settings"] | {"out": str(out)}, "minutes": took}
             record |= {"trl": VARIANTS[name]} | common.provenance(device)
             common.write_json(results / run / "config.json", record)

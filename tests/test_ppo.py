@@ -1,12 +1,15 @@
 """Every formula of ppo.py against numbers worked out by hand, and the invariants that a correct PPO keeps."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
 
+import optimization
 import ppo
 import sampler
 
@@ -46,7 +49,7 @@ def one_update(policy, rollout, advantages, returns, **changes):
         steps_done=0,
         generator=generator(),
     )
-    optimizers = ppo.make_optimizers(policy, changes.pop("lr", 1e-3), muon=False)
+    optimizers = optimization.make_optimizers(policy, changes.pop("lr", 1e-3), muon=False)
     return ppo.update(policy, optimizers, rollout, advantages, returns, **(settings | changes))
 
 
@@ -186,13 +189,13 @@ def test_adam_is_tensorflows(steps):
     gradients, x, m, v = [0.5, -2e-4, 1e-5], 1.0, 0.0, 0.0
     parameter = torch.nn.Parameter(tensor([1.0], dtype=torch.float64))
     layer = torch.nn.ParameterList([parameter])
-    optimizers = ppo.make_optimizers(layer, lr=0.1, muon=False)
+    optimizers = optimization.make_optimizers(layer, lr=0.1, muon=False)
     for t in range(1, steps + 1):
         g = gradients[t - 1]
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         x -= 0.1 * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (math.sqrt(v) + 1e-5)
         parameter.grad = tensor([g], dtype=torch.float64)
-        ppo.optimizer_step(optimizers, t)
+        optimization.optimizer_step(optimizers, t)
     assert parameter.item() == pytest.approx(x, abs=1e-12)
 
 
@@ -232,6 +235,63 @@ def test_log_probabilities_are_those_of_a_plain_forward_pass(tiny_model):
         torch.testing.assert_close(rollout.logprobs[i][: len(response)], chosen, atol=1e-5, rtol=0)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         torch.testing.assert_close(rollout.entropy[i][: len(response)], entropy, atol=1e-5, rtol=0)
+
+
+def test_a_rollout_does_not_depend_on_how_its_rows_are_sliced(tiny_model):
+    """Rows go through the models in order of their length, without the padding that all of a slice have."""
+    policy, reference = ppo.PolicyWithValue(tiny_model).eval(), copy.deepcopy(tiny_model)
+    torch.nn.init.normal_(reference.transformer.wte.weight)
+    with torch.no_grad():
+        policy.value_head.weight.fill_(0.5)
+    rollouts = [
+        ppo.collect(
+            policy, reference, QUERIES, QUERY_MASK, length=8, temperature=0.7, stop_id=STOP, forward_batch=size,
+            generator=generator(),
+        )
+        for size in (1, 2, 3)
+    ]  # fmt: skip
+    assert len(set(rollouts[0].response_mask.sum(1).tolist())) > 1
+    for other in rollouts[1:]:
+        for field in dataclasses.fields(ppo.Rollout):
+            torch.testing.assert_close(
+                getattr(other, field.name), getattr(rollouts[0], field.name), atol=1e-5, rtol=1e-5
+            )
+    chosen = rollouts[0].response_ids[rollouts[0].response_mask.bool()]
+    of_chosen = ppo.of_tokens(rollouts[0].ref_distribution, chosen)
+    torch.testing.assert_close(of_chosen, rollouts[0].ref_logprobs[rollouts[0].response_mask.bool()])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=11, n_layer=2, n_head=2, n_embd=16, n_positions=32, initializer_range=0.3),
+        GPTNeoXConfig(
+            vocab_size=11, num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32,
+            initializer_range=0.3,
+        ),
+        LlamaConfig(
+            vocab_size=11, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=16,
+            intermediate_size=32, initializer_range=0.3,
+        ),
+        MistralConfig(  # its window of 4 tokens has a cache of another kind, which stays as it is
+            vocab_size=11, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=16,
+            intermediate_size=32, initializer_range=0.3, sliding_window=4,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_a_cache_with_room_changes_no_sample(config, monkeypatch):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    queries, mask = QUERIES.repeat(20, 1), QUERY_MASK.repeat(20, 1)
+
+    def responses():
+        return sampler.sample(model, queries, mask, length=12, temperature=1.0, stop_id=STOP, generator=generator(1))
+
+    with_room = responses()
+    monkeypatch.setattr(sampler, "make_room", lambda cache, room: None)
+    assert torch.equal(with_room, responses())
+    assert with_room.shape[1] == 12 and (with_room[:, 3] == STOP).any()  # rows were dropped on the way
 
 
 def test_samples_follow_the_model_whatever_padding_and_dropped_rows(tiny_model):
@@ -361,6 +421,34 @@ def test_slices_of_a_minibatch_add_up_to_its_gradient(tiny_model):
     torch.testing.assert_close(after[2], after[0], atol=1e-5, rtol=0)
 
 
+def test_a_minibatch_whose_gradient_is_not_finite_never_reaches_the_weights(tiny_model):
+    policy = ppo.PolicyWithValue(tiny_model).eval()
+    rollout = collect(policy, copy.deepcopy(tiny_model))
+    before = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    advantages = torch.ones(rollout.values.shape)
+    advantages[0, 0] = math.nan
+    every = one_update(policy, rollout, advantages, advantages)
+    assert every["skipped"] == 1 and math.isnan(every["policy_loss"])
+    assert torch.equal(torch.cat([p.detach().flatten() for p in policy.parameters()]), before)
+    one_of_three = one_update(policy, rollout, advantages, advantages, minibatches=3)
+    after = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    assert one_of_three["skipped"] == 1 and math.isfinite(one_of_three["policy_loss"])
+    assert after.isfinite().all() and not torch.equal(after, before)
+
+
+def test_the_gradient_norm_is_that_of_all_weights(tiny_model):
+    policy = ppo.PolicyWithValue(tiny_model).eval()
+    rollout = collect(policy, copy.deepcopy(tiny_model))
+    nothing, returns = torch.zeros(rollout.values.shape), torch.full(rollout.values.shape, 0.1)
+    # only the zero value head learns: d loss / d weight = -value_coef * mean(return * state), d / d bias = -0.1 * 0.1
+    ids = torch.cat([rollout.query_ids, rollout.response_ids], 1)
+    mask = torch.cat([rollout.query_mask, rollout.response_mask], 1)
+    states = ppo.response_states(policy.model, ids, mask, rollout.response_mask).detach()
+    wanted = 0.1 * 0.1 * torch.cat([states.mean(0), torch.ones(1)]).norm()
+    found = one_update(policy, rollout, nothing, returns)["grad_norm"]
+    assert found == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_padding_pays_and_teaches_nothing(tiny_model):
     """Whatever stands in the advantages and returns of padding, the update is the same."""
     after = []
@@ -389,7 +477,7 @@ def test_a_separate_value_network_leaves_the_policy_alone(tiny_model):
 
 def test_muon_moves_the_inner_matrices_and_adam_the_rest(tiny_model):
     policy = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval()
-    adam, muon = ppo.make_optimizers(policy, 1e-3, muon=True)
+    adam, muon = optimization.make_optimizers(policy, 1e-3, muon=True)
     of_muon, of_adam = ({id(p) for group in one.param_groups for p in group["params"]} for one in (muon, adam))
     assert of_muon | of_adam == {id(p) for p in policy.parameters()} and not of_muon & of_adam
     names = {name for name, p in policy.named_parameters() if id(p) in of_muon}
@@ -402,7 +490,7 @@ def test_ppo_finds_the_best_policy_at_a_price(tiny_model, kl, muon):
     """A score that depends on two tokens: the best policy is reference * exp(score / kl_coef) / Z, known exactly."""
     kl_coef, temperature = 0.5, 1.0
     policy, reference = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval(), copy.deepcopy(tiny_model)
-    optimizers, draws = ppo.make_optimizers(policy, 1e-3, muon), generator()
+    optimizers, draws = optimization.make_optimizers(policy, 1e-3, muon), generator()
     queries, mask = tensor([[1, 2]]).repeat(256, 1), torch.ones(256, 2).long()
     steps = 60
     for step in range(steps):

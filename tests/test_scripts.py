@@ -1,87 +1,17 @@
 """The scripts: chained on a few steps, on other models and data, and what they say to a user's mistakes."""
 
-import contextlib
-import csv
-import importlib
-import io
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, SHARED, TINY_EVALUATION, TINY_RUN, refused, run, write_csv
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 import common
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
-TINY_RUN = ["--episodes", "32", "--batch-size", "16", "--minibatches", "2", "--reference-samples", "32"]
-
-
-class Said(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-
-
-def run(script, *flags, cwd=ROOT, code=0):
-    """What a script says and how it ends, run in this process, which spares the imports."""
-    out, err, end = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        try:
-            common.run(importlib.import_module(script).main)
-        except SystemExit as stop:
-            end = stop.code
-    assert end == code, err.getvalue()[-2000:]
-    return Said(end, out.getvalue(), err.getvalue())
-
-
-def refused(script, *flags, cwd=ROOT):
-    """The one line on stderr of a run that must end with exit code 2."""
-    lines = run(script, *flags, cwd=cwd, code=2).stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
-def write_csv(path, rows, columns=("text", "label")):
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-    return path
-
-
-TINY_EVALUATION = "--run data_results/K1_lr_1e-3_seed0 --queries 4 --samples 8 --reference-samples 64".split()
-
-
-@pytest.fixture(scope="session")
-def chain(tmp_path_factory):
-    """train_cls, train_nlg, finetuning_nlg and evaluate_nlg on a small part of the shipped data."""
-    home = tmp_path_factory.mktemp("chain")
-    for folder, name, rows in (
-        ("data_cls", "train.csv", 201),
-        ("data_cls", "test.csv", 101),
-        ("data_nlg", "train.txt", 200),
-        ("data_nlg", "valid.txt", 200),
-    ):
-        (home / folder).mkdir(exist_ok=True)
-        lines = (ROOT / folder / name).read_text(encoding="utf-8").splitlines(keepends=True)[:rows]
-        (home / folder / name).write_text("".join(lines), encoding="utf-8")
-    shutil.copy(ROOT / "data_cls" / "scenarios.py", home / "data_cls")
-    said = {
-        "cls": run("train_cls", "--epochs", 1, "--lm-epochs", 1, cwd=home),
-        "nlg": run("train_nlg", "--epochs", 1, "--samples", 16, cwd=home),
-        "ppo": run("finetuning_nlg", *TINY_RUN, "--tensorboard", cwd=home),
-        "evaluate": run("evaluate_nlg", *TINY_EVALUATION, cwd=home),
-    }
-    return home, said
 
 
 def test_each_script_leaves_what_the_next_one_needs(chain):

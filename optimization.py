@@ -1,7 +1,8 @@
-"""Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024).
+"""The optimizers: Adam as in [3] (see ppo.py), and Muon for the matrices of small models.
 
-torch.optim.Muon computes in bfloat16, which processors without instructions for it do some thirty times slower than
-float32; and one matrix after another, which keeps a small model waiting. The numbers are the same but for rounding.
+Muon is momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024). torch.optim.Muon
+computes in bfloat16, which processors without instructions for it do some thirty times slower than float32; and one
+matrix after another, which keeps a small model waiting. The numbers are the same but for rounding.
 """
 
 import math
@@ -53,3 +54,30 @@ class Muon(torch.optim.Optimizer):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     update = update.T if matrix.shape[0] > matrix.shape[1] else update
                     matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(shape[1]))
+
+
+ADAM_EPS, ADAM_BETAS = 1e-5, (0.9, 0.999)
+
+
+def make_optimizers(policy: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """Adam as in [3]; with `muon`, Muon for the policy's inner matrices, and Adam for the rest."""
+    matrices = inner_matrices(policy.model) if muon else []
+    chosen = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in policy.parameters() if id(parameter) not in chosen]
+    adam = torch.optim.Adam(others, lr=lr, eps=ADAM_EPS, betas=ADAM_BETAS)
+    if not muon:
+        return [adam]
+    return [adam, Muon(matrices, lr)]
+
+
+def optimizer_step(optimizers: list[torch.optim.Optimizer], step: int) -> None:
+    """Step number `step` (from 1), of Adam as TensorFlow defines it, which [3] used.
+
+    TensorFlow adds eps before the second moment's bias is corrected, PyTorch after; eps / sqrt(1 - beta2^step) makes
+    PyTorch's Adam the same. Early steps are several times smaller that way.
+    """
+    for group in optimizers[0].param_groups:
+        group["eps"] = ADAM_EPS / math.sqrt(1 - ADAM_BETAS[1] ** step)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()

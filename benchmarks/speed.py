@@ -1,0 +1,324 @@
+"""Episodes per second of our PPO, stage by stage, against what this machine could do at best, and against TRL.
+
+    python benchmarks/speed.py               # or make bench: all shapes that this machine is for
+    benchmarks/.venv/bin/python benchmarks/speed.py --peer trl     # TRL's PPOTrainer in turn with ours (see make peer)
+
+A stage's floor is the time that its floating-point operations would take at the rate of this machine's large matrix
+products, or its bytes at the rate of a copy, whichever is longer; both rates are measured in the same process. Only
+what cannot be left out is counted: real tokens, output layers of response tokens, causal attention.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+import data  # noqa: E402
+import model_io  # noqa: E402
+import optimization  # noqa: E402
+import ppo  # noqa: E402
+import sampler  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy, a reward model of the same tokenizer, and the shapes of an update."""
+
+    batch: int
+    query: int
+    response: int
+    minibatches: int
+    ppo_epochs: tuple[int, ...]
+    forward_batch: int
+    layers: int = 0  # of a random GPT-2; 0: models/nlg and models/cls
+    width: int = 0
+    heads: int = 0
+    vocabulary: int = 0
+
+
+CASES = {
+    "cpu": {
+        "4 x 256": Case(64, 16, 24, 1, (1, 4), 16, layers=4, width=256, heads=4, vocabulary=4096),
+        "the project's own": Case(256, 5, 40, 4, (1, 4), 32),
+    },
+    "cuda": {
+        "GPT-2 124M": Case(512, 64, 24, 1, (4,), 512, layers=12, width=768, heads=12, vocabulary=50_257),
+    },
+}
+TEMPERATURE = 0.7
+
+
+def words_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One token for each of the words w2, w3, ...; 0 ends a text and 1 pads it."""
+    ids = {"<end>": 0, "<pad>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="w2"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+def random_models(case: Case, folder: Path) -> tuple[Path, Path]:
+    """Folders of a random generator and of a random classifier."""
+    tokenizer = words_tokenizer(case.vocabulary)
+    config = GPT2Config(
+        n_layer=case.layers,
+        n_embd=case.width,
+        n_head=case.heads,
+        vocab_size=case.vocabulary,
+        n_positions=128,
+        activation_function="gelu_pytorch_tanh",
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    for name, kind in (("nlg", AutoModelForCausalLM), ("cls", AutoModelForSequenceClassification)):
+        kind.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder / "nlg", folder / "cls"
+
+
+def queries_of(case: Case, tokenizer) -> list[str]:
+    """At least a batch of queries of `case.query` random words, or of those of the shipped texts."""
+    if case.layers:
+        ids = torch.randint(2, case.vocabulary, (case.batch, case.query)).tolist()
+        return [" ".join(f"w{i}" for i in row) for row in ids]
+    texts = argparse.Namespace(data="data_nlg", data_config=None, data_revision=None, text_column=None)
+    queries, _ = data.split_queries(data.nlg_texts(texts)["valid"], tokenizer, case.query)
+    return (queries * -(-case.batch // len(queries)))[: case.batch]
+
+
+def synchronised(device: torch.device) -> float:
+    """The clock, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def rates(device: torch.device) -> tuple[float, float]:
+    """Floating-point operations and copied bytes a second, the best of several: what a stage is held against."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    square, long = torch.randn(size, size, device=device, dtype=dtype), torch.randn(1 << 26, device=device)
+    target = torch.empty_like(long)
+
+    def best(work) -> float:
+        taken = []
+        for _ in range(7):
+            start = synchronised(device)
+            work()
+            taken.append(synchronised(device) - start)
+        return min(taken)
+
+    return 2 * size**3 / best(lambda: square @ square), 2 * long.nbytes / best(lambda: target.copy_(long))
+
+
+def forward_operations(config, lengths: torch.Tensor, predicted: int) -> float:
+    """Floating-point operations of a GPT-2 forward pass over rows of `lengths`, `predicted` positions with logits."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    linear = 2 * 12 * width**2 * layers * lengths.sum().item()
+    attention = 2 * 2 * width * layers * (lengths.double() ** 2 / 2).sum().item()
+    return linear + attention + 2 * width * config.vocab_size * predicted
+
+
+def floors(case: Case, model, lengths: torch.Tensor, response_lengths: torch.Tensor, epochs: int, machine) -> dict:
+    """Seconds that each stage needs at least."""
+    operations, bandwidth = machine
+    tokens = int(response_lengths.sum())
+    one = forward_operations(model.config, lengths, tokens)
+    low_precision = model.device.type == "cuda"
+    wide = 2 if low_precision else 4  # bytes of a number
+    steps = int(response_lengths.max())
+    weights = sum(p.numel() for p in model.parameters()) * wide
+    cache = 2 * model.config.num_hidden_layers * model.config.hidden_size * wide * (lengths.double() ** 2 / 2).sum()
+    return {
+        "rollout": max(one / operations, (steps * weights + cache.item()) / bandwidth),
+        "scoring": (2 * one + forward_operations(model.config, lengths, 0)) / operations,
+        "update": 3 * epochs * one / operations,
+    }
+
+
+def our_update(case: Case, epochs: int, policy_folder: Path, reward_folder: Path, device: torch.device):
+    """A function that makes one update and returns the seconds of its stages, and the last rollout in a list."""
+    reference, tokenizer = model_io.load_policy(str(policy_folder), "--policy")
+    reference.to(device).requires_grad_(False)
+    policy = ppo.PolicyWithValue(copy.deepcopy(reference).requires_grad_(True)).to(device).eval()
+    optimizers = optimization.make_optimizers(
+        policy, 1e-6, muon=case.layers == 0
+    )  # as both loops sample the same lengths
+    reward = model_io.load_reward(str(reward_folder), device)
+    queries, generator = queries_of(case, tokenizer), torch.Generator(device).manual_seed(0)
+    taken, last = {}, []
+
+    def timed_sample(*args, **kwargs):
+        start = synchronised(device)
+        responses = sampler.sample(*args, **kwargs)
+        taken["rollout"] = synchronised(device) - start
+        return responses
+
+    def one() -> dict[str, float]:
+        ppo.sample = timed_sample
+        start = synchronised(device)
+        query_ids, query_mask = data.encode_queries(tokenizer, queries, device)
+        with common.autocast(device):
+            rollout = ppo.collect(
+                policy,
+                reference,
+                query_ids,
+                query_mask,
+                length=case.response,
+                temperature=TEMPERATURE,
+                stop_id=tokenizer.eos_token_id,
+                forward_batch=case.forward_batch,
+                generator=generator,
+            )
+        texts = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
+        raw, _ = reward(texts)
+        scored = synchronised(device)
+        scores, mask = torch.tensor(raw, device=device).float(), rollout.response_mask
+        rewards = ppo.token_rewards(scores, ppo.kl_to_come(rollout.exact_kl), mask, 0.2)
+        advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, 1.0, 1.0)
+        with common.autocast(device):
+            ppo.update(
+                policy,
+                optimizers,
+                rollout,
+                ppo.whiten(advantages, mask),
+                returns,
+                epochs=epochs,
+                minibatches=case.minibatches,
+                clip_range=0.2,
+                value_clip_range=0.2,
+                value_coef=0.1,
+                kl_weight=0.2,
+                temperature=TEMPERATURE,
+                forward_batch=case.forward_batch,
+                steps_done=1000,
+                generator=generator,
+            )
+        end = synchronised(device)
+        last[:] = [rollout]
+        return {"rollout": taken["rollout"], "scoring": scored - start - taken["rollout"], "update": end - scored}
+
+    return one, last, reference
+
+
+def peer_update(case: Case, epochs: int, policy_folder: Path, reward_folder: Path, updates: int, scratch: Path):
+    """A function that makes one and `updates` more updates of TRL's trainer, and returns the seconds of the latter."""
+    import peer_quality  # it needs trl
+    from transformers import AutoTokenizer, TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.readings = []
+
+        def on_step_end(self, *_, **__):
+            self.readings.append(time.perf_counter())
+
+    def run() -> list[float]:
+        tokenizer = AutoTokenizer.from_pretrained(policy_folder, padding_side="left")
+        asked = tokenizer(queries_of(case, tokenizer), add_special_tokens=False)["input_ids"]
+        trainer = peer_quality.trainer(
+            AutoModelForCausalLM.from_pretrained(policy_folder),
+            peer_quality.reward_with_one_output(str(reward_folder), 0.0, 1.0),
+            tokenizer,
+            asked,
+            batch_size=case.batch,
+            output_dir=str(scratch),
+            total_episodes=case.batch * (updates + 1),
+            response_length=case.response,
+            temperature=TEMPERATURE,
+            num_ppo_epochs=epochs,
+            num_mini_batches=case.minibatches,
+            learning_rate=1e-6,
+            logging_steps=1000,
+        )
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+        return [end - start for start, end in zip(clock.readings, clock.readings[1:], strict=False)]
+
+    return run
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
+
+
+def measure(name: str, case: Case, epochs: int, args, device, machine, scratch: Path) -> dict:
+    """One case: prints its table, and returns it for the file."""
+    folders = random_models(case, scratch) if case.layers else (Path("models/nlg"), Path("models/cls"))
+    ours, last, model = our_update(case, epochs, *folders, device)
+    peer = peer_update(case, epochs, *folders, args.updates, scratch / "trl") if args.peer else None
+    ours()
+    ours()
+    found, theirs = [], []
+    for _ in range(args.repeats):  # in turn, so that a slow moment of the machine meets both
+        found += [ours() for _ in range(args.updates)]
+        theirs += peer() if peer else []
+    rollout = last[0]
+    response_lengths = rollout.response_mask.sum(1)
+    least = floors(case, model, rollout.query_mask.sum(1) + response_lengths, response_lengths, epochs, machine)
+    whole = [sum(one.values()) for one in found]
+    record = {
+        "case": name,
+        "K": epochs,
+        "seconds": statistics.median(whole),
+        "episodes_per_second": case.batch / statistics.median(whole),
+        "stages": {},
+    }
+    print(f"\n{name}, K = {epochs}: {spread(whole)} an update, {record['episodes_per_second']:.0f} episodes/s")
+    for stage, floor in least.items():
+        middle = statistics.median(one[stage] for one in found)
+        record["stages"][stage] = {"seconds": middle, "floor": floor, "ratio": middle / floor}
+        print(
+            f"  {stage:8s} {spread([one[stage] for one in found])}, floor {floor:.3f} s: {middle / floor:.1f} times it"
+        )
+    if theirs:
+        ratio = statistics.median(theirs) / statistics.median(whole)
+        record |= {"peer_seconds": statistics.median(theirs), "peer_ratio": ratio}
+        print(f"  TRL {spread(theirs)}: {ratio:.2f} times ours")
+    if device.type == "cuda":
+        record["peak_gigabytes"] = torch.cuda.max_memory_allocated() / 2**30
+        print(f"  peak memory {record['peak_gigabytes']:.1f} GiB")
+    return record
+
+
+def main() -> None:
+    parser = common.Parser(__doc__)
+    parser.add_argument("--peer", choices=("trl",), help="time this trainer too, in turn with ours")
+    parser.add_argument("--only", nargs="+", help="some of the cases, by name")
+    parser.add_argument("--repeats", type=common.COUNT, default=3, help="turns")
+    parser.add_argument("--updates", type=common.COUNT, default=3, help="timed updates in a turn")
+    parser.add_argument("--out", default="benchmarks/speed.json", help="file to write")
+    common.add_machine_flags(parser)
+    args = parser.parse_args()
+    device = common.set_up(args)
+    cases = {name: case for name, case in CASES[device.type].items() if not args.only or name in args.only}
+    machine = rates(device)
+    print(f"matrix product {machine[0] / 1e9:.0f} GFLOP/s, copy {machine[1] / 1e9:.1f} GB/s")
+    records = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, case in cases.items():
+            records += [measure(name, case, k, args, device, machine, Path(scratch)) for k in case.ppo_epochs]
+    record = common.provenance(device) | {"operations_per_second": machine[0], "bytes_per_second": machine[1]}
+    common.write_json(Path(args.out), record | {"cases": records})
+    print(json.dumps({"file": args.out}))
+
+
+if __name__ == "__main__":
+    common.run(main)

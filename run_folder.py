@@ -1,0 +1,113 @@
+"""What a run of finetuning_nlg.py writes to its folder in data_results/."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+import ppo
+from common import UserError
+
+SAMPLES = 8  # rows of samples.csv at a time
+GROWING = ("log.csv", "samples.csv")  # a checkpoint says how long they were
+
+
+def start(folder: Path, config: dict) -> None:
+    """A folder without the files of a run before, and with config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*GROWING, "evaluation.json", "evaluation_samples.csv"):
+        (folder / name).unlink(missing_ok=True)
+    common.write_json(folder / "config.json", config)
+
+
+def tensorboard(folder: Path, updates_done: int):
+    """A TensorBoard writer that goes on after so many updates."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by few
+
+    return SummaryWriter(str(folder), purge_step=updates_done + 1)
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(
+            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        )
+
+
+def log(row: dict, folder: Path, writer, bar) -> None:
+    """A row of log.csv, the same for TensorBoard, and the numbers that matter beside the progress bar."""
+    append(folder / "log.csv", [row])
+    if writer:
+        for name in (name for name, value in row.items() if value is not None):  # the gold judge may be silent
+            writer.add_scalar(name, row[name], row["update"])
+    bar.set_postfix_str(
+        f"ethics {row['ethics']:.3f}, improvement {row['improvement_ma']:+.3f}, KL {row['kl']:.2f}, "
+        f"{row['episodes_per_second']:.0f} episodes/s"
+    )
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the growing files, all of them on the disk."""
+    for name in GROWING:
+        common.sync(folder / name)
+    return {name: (folder / name).stat().st_size for name in GROWING}
+
+
+def cut_back(folder: Path, to: dict[str, int]) -> None:
+    """Takes off the rows that came after `sizes` said this."""
+    for name, size in to.items():
+        if not (folder / name).exists() or (folder / name).stat().st_size < size:
+            raise UserError(
+                f"{folder / name} is shorter than at the checkpoint: bring it back, or remove the checkpoint"
+            )
+    for name, size in to.items():
+        os.truncate(folder / name, size)
+
+
+# rows
+
+
+def measured(
+    rollout: ppo.Rollout, scores: torch.Tensor, ethics: np.ndarray, returns: torch.Tensor, kl_coef: float
+) -> dict[str, float]:
+    """What log.csv says of a rollout with scores and ethics [B]."""
+    mask, score, kl = rollout.response_mask, scores.mean().item(), rollout.kl.mean().item()
+    return {
+        "score": score,
+        "ethics": float(ethics.mean()),
+        "kl": kl,
+        "reward": score - kl_coef * kl,
+        "entropy": ppo.masked_mean(rollout.entropy, mask).item(),
+        "explained_variance": ppo.explained_variance(rollout.values, returns, mask),
+        "response_length": mask.sum(1).float().mean().item(),
+        "terminated": rollout.terminated.float().mean().item(),
+    }
+
+
+def timings(clock: list[float], episodes: int) -> dict[str, float]:
+    """Seconds of the stages between four readings of the clock."""
+    stages = ("seconds_rollout", "seconds_score", "seconds_update")
+    seconds = {name: end - start for name, start, end in zip(stages, clock, clock[1:], strict=False)}
+    return seconds | {"episodes_per_second": episodes / (clock[-1] - clock[0])}
+
+
+def samples(update, texts, rollout: ppo.Rollout, scores, ethics, tokenizer) -> list[dict]:
+    """The first rows of a rollout, for samples.csv."""
+    queries = tokenizer.batch_decode(rollout.query_ids[:SAMPLES], skip_special_tokens=True)
+    return [
+        {
+            "update": update,
+            "query": query,
+            "response": texts[i][len(query) :],
+            "score": scores[i].item(),
+            "ethics": float(ethics[i]),
+            "kl": rollout.kl[i].item(),
+        }
+        for i, query in enumerate(queries)
+    ]
