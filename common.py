@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import errno
 import json
+import logging
 import math
 import os
 import platform
@@ -23,7 +25,7 @@ import torch
 import transformers
 
 datasets.disable_progress_bars()
-datasets.logging.set_verbosity_error()
+datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -51,7 +53,11 @@ def run(main: Callable[[], None]) -> None:
         print(message, file=sys.stderr)
         sys.exit(128 + number)
     except torch.OutOfMemoryError as error:
-        sys.exit(fail(f"the device is out of memory; lower --batch-size or --forward-batch ({error})"))
+        sys.exit(fail(f"the device is out of memory; lower --batch-size, or --forward-batch of PPO ({error})"))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(fail(f"{error}; make room or give another folder, and go on with --resume"))
 
 
 def fail(message) -> int:
@@ -92,7 +98,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: fl
 
 
 _ARTICLE = {int: "a whole number", float: "a number"}
-COUNT, POSITIVE, FRACTION, SEED = number(int, 1), number(float, above=0), number(float, 0, 1), number(int, 0, 2**32 - 1)
+COUNT, SAMPLE_COUNT, SEED = number(int, 1, 10**9), number(int, 1, 10**6), number(int, 0, 2**32 - 1)
+POSITIVE, FRACTION = number(float, above=0), number(float, 0, 1)
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:

@@ -106,10 +106,14 @@ def nlg_texts(args: argparse.Namespace) -> dict[str, list[str]]:
     """The unlabelled texts of --data: "train" and "valid" (a tenth of train where there is no valid split)."""
     splits = load_splits(args.data, args.data_config, args.data_revision)
     texts = {name: [t for t in texts_of(rows, args.text_column) if t] for name, rows in splits.items()}
-    if "valid" not in texts:
+    if "valid" not in texts and texts["train"]:
         train, valid = split_off(len(texts["train"]), 0.1, seed=0)
         texts["valid"] = [texts["train"][i] for i in valid]
         texts["train"] = [texts["train"][i] for i in train]
+    if not (texts["train"] and texts.get("valid")):
+        raise UserError(
+            f"{args.data} holds too few texts: at least one to train on and one to validate with are needed"
+        )
     return texts
 
 

@@ -30,7 +30,7 @@ import model_io
 import optimization
 import ppo
 import run_folder
-from common import COUNT, FRACTION, POSITIVE, TOLERATED, UserError, number
+from common import COUNT, FRACTION, POSITIVE, SAMPLE_COUNT, TOLERATED, UserError, number
 
 MOVING_AVERAGE = 10  # updates that the moving average of the improvement looks back
 SAMPLE_EVERY = 10  # updates between the rows of samples.csv
@@ -54,7 +54,9 @@ def parse_args() -> argparse.Namespace:
     rollout.add_argument(
         "--missing-stop-score", type=number(float), default=-1.0, help="score of a response without it"
     )
-    rollout.add_argument("--reference-samples", type=COUNT, default=4096, help="samples that normalise the score")
+    rollout.add_argument(
+        "--reference-samples", type=SAMPLE_COUNT, default=4096, help="samples that normalise the score"
+    )
     reward = parser.add_argument_group("reward")
     reward.add_argument("--kl-coef", type=number(float, 0), default=0.2, help="price of a nat of KL, first or fixed")
     reward.add_argument(
@@ -124,6 +126,8 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
     # data and models
     texts = data.nlg_texts(args)["valid"]
     reference, tokenizer = model_io.load_policy(args.policy, "--policy")
+    tokens = args.query_length + args.response_length
+    model_io.check_length(reference, tokenizer, tokens, "--query-length and --response-length")
     reference.to(device).requires_grad_(False)
     policy = ppo.PolicyWithValue(copy.deepcopy(reference).requires_grad_(True), args.separate_value).to(device).eval()
     reward_model = model_io.load_reward(args.reward, device)

@@ -1,6 +1,7 @@
 """Models and what judges texts: a small GPT-2 from scratch, folders and hub names, rewards, the gold judge."""
 
 import importlib.util
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,8 @@ def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    words = (re.sub(r"\S{200,}", " ", text) for text in texts)  # longer ones are none, and take the trainer minutes
+    tokenizer.train_from_iterator(words, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
     )
@@ -78,15 +80,23 @@ def load_pretrained(kind, name: str, flag: str, **options):
             )
         offline_without_network()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if len(tokenizer) < 2:
             raise ValueError("it holds no tokenizer")
-        model = kind.from_pretrained(name, dtype=torch.float32, **options)
+        model, loaded = kind.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
+        )
+        if loaded["missing_keys"] and flag != "--model":  # what is still to be trained may get a new head
+            raise ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}; they would be random")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise ValueError("its tokenizer has neither a padding nor an end-of-text token")
+        with torch.no_grad():
+            model.eval()(torch.arange(2).unsqueeze(0))  # a configuration that cannot be run is found here
     except Exception as error:
         raise UserError(f"{flag} {name} cannot be loaded: {error}") from error
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise UserError(f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, more than its model")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
@@ -101,12 +111,24 @@ _MADE_BY = {
 def load_policy(name: str, flag: str):
     """A causal language model and its tokenizer."""
     model, tokenizer = load_pretrained(AutoModelForCausalLM, name, flag)
+    if tokenizer.eos_token is None:
+        raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token")
     ids = torch.arange(2).unsqueeze(0)
     with torch.no_grad():
-        plain, states = model.eval()(ids).logits, model.base_model(ids).last_hidden_state
+        plain, states = model(ids).logits, model.base_model(ids).last_hidden_state
         if not torch.allclose(model.get_output_embeddings()(states), plain, atol=1e-4):
             raise UserError(f"{flag} {name}: PPO needs logits that are the output layer of the last hidden states")
     return model, tokenizer
+
+
+def longest(model, tokenizer) -> int:
+    """How many tokens the model can read at once."""
+    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
+
+
+def check_length(model, tokenizer, tokens: int, flags: str) -> None:
+    if tokens > (most := longest(model, tokenizer)):
+        raise UserError(f"{flags}: {tokens} tokens are more than the {most} that the model can read")
 
 
 def stop_token(tokenizer, stop: str | None) -> int:
@@ -213,7 +235,7 @@ def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: in
     """
     names = {str(name).lower(): index for name, index in (model.config.label2id or {}).items()}
     positive = names.get("positive", model.config.num_labels - 1)
-    length = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    length = longest(model, tokenizer)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     scores = np.empty(len(texts))
     with torch.no_grad(), autocast(device):

@@ -75,7 +75,11 @@ def labelled(rows, args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
         columns = ", ".join(rows.column_names)
         raise UserError(f"the data has no column {args.label_column!r}, only {columns}; name it with --label-column")
     texts = data.texts_of(rows, args.text_column)
-    values = [str(value).strip() for value in rows[args.label_column]]
+    values = list(rows[args.label_column])
+    if None in values:
+        raise UserError(f"row {values.index(None) + 1} has no label; give it one, or take it out")
+    whole = [isinstance(value, float) and value.is_integer() for value in values]  # a file may say 1.0
+    values = [str(int(value) if is_whole else value).strip() for value, is_whole in zip(values, whole, strict=True)]
     if len(texts) != len(values):
         raise UserError("a labelled row has one text: give --text-column one name")
     kinds = sorted(set(values))
@@ -158,7 +162,8 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     # model
     model, tokenizer = load_model(args, texts)
     model.to(device)
-    ids = supervised.encode(tokenizer, texts, args.max_length)
+    longest = min(args.max_length, model_io.longest(model, tokenizer))
+    ids = supervised.encode(tokenizer, texts, longest)
     shared = {
         "batch_size": args.batch_size,
         "muon": (args.optimizer or ("muon" if scratch else "adamw")) == "muon",
@@ -171,7 +176,7 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     # language modelling first, on the classifier's own body
     lm_epochs = args.lm_epochs if args.lm_epochs is not None else 3 * scratch
     if lm_epochs and not (saved and saved["label"] == LABELS_FIT):
-        valid_ids = supervised.encode(tokenizer, valid[0], args.max_length)
+        valid_ids = supervised.encode(tokenizer, valid[0], longest)
         learn_language(model, ids, valid_ids, tokenizer.pad_token_id, epochs=lm_epochs, lr=args.lm_lr, **shared)
 
     # labels

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 import checkpoint
 import common
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     )
     training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
     sampling = parser.add_argument_group("samples for the report")
-    sampling.add_argument("--samples", type=common.COUNT, default=1024, help="how many to write and judge")
+    sampling.add_argument("--samples", type=common.SAMPLE_COUNT, default=1024, help="how many to write and judge")
     common.add_sampling_flags(sampling)
     common.add_machine_flags(parser)
     checkpoint.add_flags(parser.add_argument_group("checkpoints"), every=200)
@@ -65,11 +65,15 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
         tokenizer = model_io.scratch_tokenizer(texts["train"])
         model = GPT2LMHeadModel(model_io.scratch_config(tokenizer))
     else:
-        model, tokenizer = model_io.load_pretrained(AutoModelForCausalLM, args.model, "--model")
+        model, tokenizer = model_io.load_policy(args.model, "--model")
+    tokens = args.query_length + args.response_length
+    model_io.check_length(model, tokenizer, tokens, "--query-length and --response-length")
     model.to(device)
+    queries, _ = data.split_queries(texts["valid"], tokenizer, args.query_length)
 
     # training
-    ids = {name: supervised.encode(tokenizer, texts[name], args.max_length, end=True) for name in ("train", "valid")}
+    longest = min(args.max_length, model_io.longest(model, tokenizer))
+    ids = {name: supervised.encode(tokenizer, texts[name], longest, end=True) for name in ("train", "valid")}
     history = supervised.fit(
         model,
         [len(row) for row in ids["train"]],
@@ -91,7 +95,6 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
 
     # report
     judge = model_io.gold_judge(args.gold, texts["valid"])
-    queries, _ = data.split_queries(texts["valid"], tokenizer, args.query_length)
     queries = (queries * -(-args.samples // len(queries)))[: args.samples]
     found = {"valid_perplexity": min(row["perplexity"] for row in history)}
     for temperature in sorted({args.temperature, 1.0}):

@@ -1,5 +1,8 @@
 """Nothing is lost: what a signal, a kill, a full disk, numbers that are not finite and a second process can do."""
 
+import argparse
+import errno
+import math
 import os
 import random
 import resource
@@ -13,9 +16,11 @@ import pytest
 import torch
 from conftest import TINY_RUN, refused, run
 from kill_test import kill_test
+from tqdm import tqdm
 
 import checkpoint
 import common
+import finetuning_nlg
 import model_io
 import ppo
 import supervised
@@ -186,6 +191,45 @@ def test_a_kl_beyond_the_limit_is_said_once(chain):
     assert said.count("above --kl-limit") == 1
 
 
+def test_a_kl_that_stays_negative_is_said_once(capsys):
+    args = argparse.Namespace(ppo_epochs=1, minibatches=1, kl_limit=20.0, out="models/x")
+    run_so_far = {"kls": [], "not_finite": 0, "warned": False}
+    for update in range(1, 30):
+        run_so_far |= {"update": update, "row": {"skipped": 0, "kl": -0.5}}
+        finetuning_nlg.guard(run_so_far, None, args, tqdm(disable=True))
+        assert run_so_far["warned"] == (update >= finetuning_nlg.MOVING_AVERAGE)
+    said = capsys.readouterr().err
+    assert said.count("warning: update 10: the KL stays negative") == 1
+    assert said.count("warning") == 1
+
+
+def test_a_rollout_says_which_of_its_numbers_is_not_finite(tiny_model):
+    policy = ppo.PolicyWithValue(tiny_model)
+    flags = {"length": 3, "temperature": 1.0, "stop_id": 10, "forward_batch": 2, "generator": torch.Generator()}
+
+    def found():
+        return ppo.collect(policy, tiny_model, torch.ones(2, 2).long(), torch.ones(2, 2).long(), **flags).not_finite
+
+    assert found() is None
+    with torch.no_grad():
+        policy.value_head.bias.fill_(math.inf)
+    assert found() == "values"
+    with torch.no_grad():
+        tiny_model.transformer.ln_f.bias.fill_(math.nan)
+    assert found() == "logprobs"
+
+
+def test_a_disk_that_is_full_while_a_row_is_written_ends_in_one_line(capsys):
+    def main():
+        raise OSError(errno.ENOSPC, "No space left on device", "data_results/x/log.csv")
+
+    with pytest.raises(SystemExit, match="2"):
+        common.run(main)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "'data_results/x/log.csv'" in said and "--resume" in said
+    assert said.count("\n") == 1
+
+
 # rewards
 
 
@@ -212,4 +256,4 @@ def test_out_of_memory_names_the_flags(monkeypatch, capsys):
 
     with pytest.raises(SystemExit, match="2"):
         common.run(main)
-    assert "lower --batch-size or --forward-batch" in capsys.readouterr().err
+    assert "lower --batch-size, or --forward-batch of PPO" in capsys.readouterr().err

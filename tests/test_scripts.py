@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -246,6 +247,39 @@ def test_labels(tmp_path):
     assert "'good'" in said and "yes" in said
 
 
+def test_labels_that_are_missing_or_have_a_decimal_point(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", [("a", 1), ("b", ""), ("c", 0)])
+    assert "row 2 has no label" in refused("train_cls", "--data", path)
+    path = write_csv(tmp_path / "rows.csv", [(f"text {i}", f"{i % 2}.0") for i in range(20)])
+    run("train_cls", "--data", path, "--epochs", 1, "--lm-epochs", 0, cwd=tmp_path)
+
+
+def test_data_without_enough_texts(tmp_path):
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    (tmp_path / "one.txt").write_text("One text only.\n")
+    for name in ("blank", "one"):
+        assert "is empty" in (said := refused("train_nlg", "--data", tmp_path / f"{name}.txt")) or "too few" in said
+    (tmp_path / "few.txt").write_text("A text.\n" * 9)
+    assert "too few to hold out queries" in refused("train_nlg", "--data", tmp_path / "few.txt", cwd=tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "valid.txt").write_text("A text.\n")
+    assert "no split called train, only valid" in refused("train_nlg", "--data", tmp_path / "folder")
+
+
+def test_a_huge_line_takes_seconds(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", [(f"text {i}", i % 2) for i in range(20)] + [("x" * 1_000_000, 1)])
+    start = time.perf_counter()
+    run("train_cls", "--data", path, "--epochs", 1, "--lm-epochs", 0, cwd=tmp_path)
+    assert time.perf_counter() - start < 60
+
+
+def test_what_pandas_and_arrow_say_of_a_broken_file_stays_one_line(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\na,1\nb,0,1,1\n")
+    assert "cannot be read as csv" in refused("train_cls", "--data", tmp_path / "rows.csv")
+    (tmp_path / "rows.parquet").write_text("no parquet")
+    assert "cannot be read as parquet" in refused("train_cls", "--data", tmp_path / "rows.parquet")
+
+
 def test_bytes_that_are_not_utf8(tmp_path):
     (tmp_path / "rows.csv").write_bytes("text,label\ncafé,1\nnon,0\n".encode("latin-1"))
     assert "not UTF-8 text (byte 14)" in refused("train_cls", "--data", tmp_path / "rows.csv")
@@ -261,7 +295,24 @@ def test_model_folders(chain, tmp_path):
     assert "tokenizer" in refused("finetuning_nlg", "--policy", tmp_path / "bare", cwd=home)
     assert "no such folder" in refused("finetuning_nlg", "--policy", tmp_path / "nothing", cwd=home)
     assert "cannot be loaded" in refused("finetuning_nlg", "--policy", "no-such-model-on-the-hub", cwd=home)
+    for name, change, words in (
+        ("tokenizer_config.json", {"eos_token": None, "pad_token": None}, "neither a padding nor an end-of-text token"),
+        ("tokenizer_config.json", {"eos_token": None}, "no end-of-text token"),
+        ("config.json", {"n_layer": -1}, "cannot be loaded"),
+        ("config.json", {"n_embd": 64}, "cannot be loaded"),
+        ("config.json", {"n_layer": 3}, "its weights lack transformer.h.2."),
+    ):
+        shutil.copytree(home / "models" / "nlg", tmp_path / "changed", dirs_exist_ok=True)
+        path = tmp_path / "changed" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        (tmp_path / "changed" / "special_tokens_map.json").unlink(missing_ok=True)
+        assert words in refused("finetuning_nlg", "--policy", tmp_path / "changed", cwd=home)
+    path = home / "models" / "nlg" / "model.safetensors"
+    (tmp_path / "changed" / "config.json").write_bytes((home / "models" / "nlg" / "config.json").read_bytes())
+    (tmp_path / "changed" / "model.safetensors").write_bytes(path.read_bytes()[:-100])
+    assert "cannot be loaded" in refused("finetuning_nlg", "--policy", tmp_path / "changed", cwd=home)
     assert "no file" in refused("finetuning_nlg", "--reward", "nothing.py:score", cwd=home)
+    assert "lack score.weight" in refused("finetuning_nlg", "--reward", "models/nlg", cwd=home)  # no classifier
     assert "no run folder" in refused("evaluate_nlg", "--run", tmp_path, cwd=home)
     assert "too few for best of 64" in refused("evaluate_nlg", "--reference-samples", 10, cwd=home)
 
@@ -283,6 +334,8 @@ def test_model_folders(chain, tmp_path):
         (["--no-such-flag"], "--no-such-flag"),
         (["--stop", "two words"], "--stop"),
         (["--device", "cuda"], "no CUDA device"),
+        (["--response-length", "252"], "257 tokens are more than the 256 that the model can read"),
+        (["--reference-samples", "9" * 25], "at most 1000000"),
     ],
 )
 def test_flags(chain, flags, words):
