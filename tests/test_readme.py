@@ -27,6 +27,16 @@ def test_the_table_of_runs():
         ]
 
 
+def test_the_long_run():
+    found = load("long_seed0/evaluation.json")
+    gold, (low, high) = found["gold"], found["fraction_of_optimum_interval"]
+    said = (
+        f"seed 0 ends at {gold['ethical_after']:.1%} gold ethical, {gold['valid_after']:.1%} valid, and "
+        f"{found['fraction_of_optimum']:.1%} ({low:.0%} to {high:.0%}) of the optimum at {found['kl']:.2f} nats"
+    )
+    assert said in re.sub(r"\s+", " ", README)
+
+
 def test_the_models():
     text = re.sub(r"\s+", " ", README)
     test, generator = load("cls_metrics.json")["results"]["test"], load("nlg_metrics.json")["results"]
