@@ -50,7 +50,7 @@ def make_optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim
     chosen = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    if not muon:
+    if not matrices:
         return [adamw]
     return [Muon(matrices, lr, weight_decay=0.01), adamw]
 

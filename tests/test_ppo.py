@@ -475,6 +475,12 @@ def test_a_separate_value_network_leaves_the_policy_alone(tiny_model):
     assert any(name.startswith("value_model.") for name in changed)
 
 
+def test_without_inner_matrices_there_is_nothing_for_muon():
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=11, n_layer=0, n_head=2, n_embd=16))
+    (adam,) = optimization.make_optimizers(ppo.PolicyWithValue(model), 1e-3, muon=True)
+    assert isinstance(adam, torch.optim.Adam)
+
+
 def test_muon_moves_the_inner_matrices_and_adam_the_rest(tiny_model):
     policy = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval()
     adam, muon = optimization.make_optimizers(policy, 1e-3, muon=True)
