@@ -55,7 +55,8 @@ def load_file(path: Path) -> datasets.Dataset:
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     try:
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        options = {"encoding": "utf-8-sig"} if kind != "parquet" else {}  # Windows begins UTF-8 files with a mark
+        options |= {"sep": "\t"} if path.suffix == ".tsv" else {}
         rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:
         if "corresponds to no data" in str(error):

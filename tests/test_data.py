@@ -149,3 +149,16 @@ def test_when_all_rows_are_learned_a_pass_takes_all():
 @pytest.mark.parametrize(("lr", "name"), [(1e-6, "1e-6"), (5e-4, "5e-4"), (1.5e-5, "1.5e-5"), (1.0, "1e0")])
 def test_learning_rates_in_names(lr, name):
     assert figures.short(lr) == name
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.txt", "rows.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_files_from_windows(tmp_path, name, encoding):
+    """With its mark at the beginning, and lines that end in two characters."""
+    lines = {
+        "rows.csv": ["text", "hé", "two"],
+        "rows.txt": ["hé", "two"],
+        "rows.jsonl": ['{"text": "hé"}', '{"text": "two"}'],
+    }
+    (tmp_path / name).write_bytes("\r\n".join([*lines[name], ""]).encode(encoding))
+    assert data.load_file(tmp_path / name)["text"][:] == ["hé", "two"]
