@@ -55,8 +55,8 @@ class Case:
 
 CASES = {
     "cpu": {
-        "4 x 256": Case(64, 16, 24, 1, (1, 4), 16, layers=4, width=256, heads=4, vocabulary=4096),
-        "the project's own": Case(256, 5, 40, 4, (1, 4), 32),
+        "4 x 256": Case(64, 16, 24, 1, (1, 4), 64, layers=4, width=256, heads=4, vocabulary=4096),
+        "the project's own": Case(256, 5, 40, 4, (1, 4), 64),
     },
     "cuda": {
         "GPT-2 124M": Case(512, 64, 24, 1, (4,), 512, layers=12, width=768, heads=12, vocabulary=50_257),
