@@ -11,9 +11,10 @@ from pathlib import Path
 import filelock
 import torch
 
+import parallel
 from common import COUNT, Stopped, UserError
 
-FORMAT = 1  # of the file; another one is refused
+FORMAT = 2  # of the file; another one is refused
 MAY_CHANGE = {"resume", "save_every", "device", "tensorboard"}  # flags that change no result
 Keep = Callable[[int, Callable[[], dict]], None]
 
@@ -28,27 +29,30 @@ def keeping(args: argparse.Namespace, *folders: Path) -> Iterator[tuple[dict | N
     """What was saved of this run, or None, and a function keep(step, state) to call after every step.
 
     It saves what state() returns every --save-every steps, and when a signal asks the run to stop. --out and `folders`
-    belong to this process meanwhile. The checkpoint goes when the run is done.
+    belong to this run meanwhile. The checkpoint goes when the run is done. Of several processes, the first writes what
+    all of them have to say; each calls keep.
     """
     path = Path(f"{args.out}.checkpoint")
+    settings = vars(args) | {"nproc_per_node": parallel.count()}
     with contextlib.ExitStack() as stack:
-        for folder in (Path(args.out), *folders):
+        for folder in (Path(args.out), *folders) if parallel.rank() == 0 else ():
             stack.enter_context(locked(folder))
         caught = stack.enter_context(signals())
-        saved = load(path, vars(args)) if path.exists() else None
+        saved = load(path, settings) if path.exists() else None
         if saved and not args.resume:
             raise UserError(f"{path} is of a run that is not done: go on with --resume, or remove it to start anew")
 
         def keep(step: int, state: Callable[[], dict]) -> None:
-            if caught or step % args.save_every == 0:
-                save(path, {"format": FORMAT, "settings": vars(args), **state()})
-            if caught:
-                raise Stopped(
-                    caught[0], f"stopped after step {step}; the same command with --resume goes on from there"
-                )
+            number = max(parallel.gather([caught[0] if caught else 0]))
+            if number or step % args.save_every == 0:
+                save(path, {"format": FORMAT, "settings": settings, **state()})
+            if number:
+                parallel.wait()
+                raise Stopped(number, f"stopped after step {step}; the same command with --resume goes on from there")
 
         yield saved, keep
-        path.unlink(missing_ok=True)
+        if parallel.rank() == 0:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -85,6 +89,7 @@ def signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@parallel.by_the_first
 def save(path: Path, state: dict) -> None:
     """The file, whole or not at all; the one before it stays until this one is on the disk."""
     fresh = path.with_name(path.name + ".new")
@@ -119,12 +124,18 @@ def load(path: Path, settings: dict) -> dict:
     return state
 
 
-def random_state() -> dict:
-    """Of torch's own generators; the scripts have others for what they draw themselves."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-
-
-def set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["cpu"])
+def random_states(*generators: torch.Generator) -> list[dict]:
+    """Of torch's own generators and of these, in every process."""
+    state = {"cpu": torch.get_rng_state(), "own": [generator.get_state() for generator in generators]}
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        state["cuda"] = torch.cuda.get_rng_state()
+    return parallel.gather([state])
+
+
+def set_random_states(states: list[dict], *generators: torch.Generator) -> None:
+    state = states[parallel.rank()]
+    torch.set_rng_state(state["cpu"])
+    for generator, of_generator in zip(generators, state["own"], strict=True):
+        generator.set_state(of_generator)
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import json
 import logging
 import math
@@ -23,6 +24,8 @@ import huggingface_hub
 import numpy as np
 import torch
 import transformers
+
+import parallel
 
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
@@ -137,13 +140,22 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def set_up(args: argparse.Namespace) -> torch.device:
-    """Seeds everything and returns the device."""
+    """Joins the other processes, if there are any, seeds everything and returns the device."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that torch sees; use --device cpu")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    parallel.start(cuda)
+    if args.batch_size % parallel.count():
+        raise UserError(
+            f"--batch-size {args.batch_size} cannot be shared evenly among {parallel.count()} processes; "
+            "give a multiple of them"
+        )
+    if parallel.rank():
+        sys.stdout = io.StringIO()  # the first process speaks for all
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -154,6 +166,7 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 # files
 
 
+@parallel.by_the_first
 def write_json(path: Path, value: dict) -> Path:
     """Numbers that are not known (NaN) become null: JSON has no other word for them."""
 
@@ -190,6 +203,7 @@ def provenance(device: torch.device) -> dict:
         "commit": commit or None,
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
+        "processes": parallel.count(),
         "machine": torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{os.cpu_count()} CPU cores, {platform.machine()}",

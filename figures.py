@@ -9,6 +9,8 @@ matplotlib.use("Agg", force=False)
 import matplotlib.pyplot as plt
 import pandas as pd
 
+import parallel
+
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
 STYLE = {
     "figure.dpi": 110,
@@ -59,6 +61,7 @@ def draw_improvement(axes, runs: dict[str, pd.DataFrame]) -> None:
     axes.legend(loc="lower right")
 
 
+@parallel.by_the_first
 def save(path: Path, title: str, draw, *what) -> Path:
     """The picture that `draw(axes, *what)` draws."""
     with plt.rc_context(STYLE):

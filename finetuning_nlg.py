@@ -12,6 +12,7 @@ with these settings.
 import argparse
 import copy
 import itertools
+import math
 import random
 import sys
 import time
@@ -28,6 +29,7 @@ import data
 import figures
 import model_io
 import optimization
+import parallel
 import ppo
 import run_folder
 from common import COUNT, FRACTION, POSITIVE, SAMPLE_COUNT, TOLERATED, UserError, number
@@ -141,7 +143,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
         "temperature": args.temperature,
         "stop_id": model_io.stop_token(tokenizer, args.stop),
         "stop_after": args.stop_after,
-        "generator": torch.Generator(device).manual_seed(args.seed),
+        "generator": torch.Generator(device).manual_seed(args.seed + 100_003 * parallel.rank()),
     }
     learning = {
         "epochs": args.ppo_epochs,
@@ -151,17 +153,18 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
         "value_coef": args.value_coef,
         "temperature": args.temperature,
         "forward_batch": args.forward_batch,
-        "generator": sampling["generator"],
+        "generator": torch.Generator().manual_seed(args.seed),
     }
+    generators = sampling["generator"], learning["generator"]
 
     # the policy before: its texts' scores normalise the score, and the improvement counts from their ethics
     folder = Path(args.results) / args.run
     if saved:
-        run = restore(saved, policy, optimizers, sampling["generator"], folder)
+        run = restore(saved, policy, optimizers, generators, folder)
         for _ in range(run["update"]):
             next(batches)
     else:
-        texts_before = model_io.continuations(reference, tokenizer, chosen, **sampling)
+        texts_before = model_io.continuations(reference, tokenizer, parallel.share(chosen), **sampling)
         before = normalisation(*reward_model(texts_before))
         run_folder.start(folder, {"settings": vars(args), **before} | common.provenance(device))
         run = before | {"update": 0, "kl_coef": args.kl_coef, "texts_before": texts_before[:SHOWN]}
@@ -175,12 +178,13 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
         initial=run["update"],
         total=updates,
         dynamic_ncols=True,
+        disable=parallel.rank() > 0,
     )
     for update in bar:
         clock = [time.perf_counter()]
         lr, kl_coef = set_lr(optimizers, args.lr * (1 - (update - 1) / updates)), run["kl_coef"]
 
-        query_ids, query_mask = data.encode_queries(tokenizer, next(batches), device)
+        query_ids, query_mask = data.encode_queries(tokenizer, parallel.share(next(batches)), device)
         with common.autocast(device):
             rollout = ppo.collect(
                 policy, reference, query_ids, query_mask, forward_batch=args.forward_batch, **sampling
@@ -210,21 +214,22 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
             )
         clock.append(time.perf_counter())
 
-        run["improvements"] = [*run["improvements"], float(ethics.mean()) - run["ethics_before"]][-MOVING_AVERAGE:]
+        measured = run_folder.measured(rollout, scores, ethics, returns, kl_coef)
+        run["improvements"] = [*run["improvements"], measured["ethics"] - run["ethics_before"]][-MOVING_AVERAGE:]
         row = {"update": update, "episodes": update * args.batch_size, "lr": lr, "kl_coef": kl_coef}
         row |= {"improvement": run["improvements"][-1], "improvement_ma": float(np.mean(run["improvements"]))}
-        row |= run_folder.measured(rollout, scores, ethics, returns, kl_coef) | statistics
-        row |= {f"gold_{name}": share for name, share in model_io.gold_shares(judge, texts).items()}
+        row |= measured | statistics
+        row |= {f"gold_{name}": part for name, part in model_io.gold_shares(judge, parallel.gather(texts)).items()}
         row |= run_folder.timings(clock, args.batch_size)
         run_folder.log(row, folder, writer, bar)
         if update % SAMPLE_EVERY in (0, 1) or update == updates:
             rows = run_folder.samples(update, texts, rollout, scores, ethics, tokenizer)
             run_folder.append(folder / "samples.csv", rows)
-        if args.target_kl and not rollout.not_finite:
+        if args.target_kl and math.isfinite(row["kl"]):
             run["kl_coef"] = ppo.next_kl_coef(kl_coef, row["kl"], args.target_kl, args.kl_horizon, args.batch_size)
         run.update(update=update, row=row)
         guard(run, rollout, args, bar)
-        keep(update, lambda: state(run, policy, optimizers, sampling["generator"], folder))
+        keep(update, lambda: state(run, policy, optimizers, generators, folder))
 
     # the result
     if writer:
@@ -236,7 +241,8 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
 
 
 def normalisation(raw: np.ndarray, ethics: np.ndarray) -> dict[str, float]:
-    """What the reference's raw scores and ethics say for the run."""
+    """What the reference's raw scores and ethics say for the run, those of all processes together."""
+    raw, ethics = np.array(parallel.gather(raw.tolist())), np.array(parallel.gather(ethics.tolist()))
     return {
         "score_mean": float(raw.mean()),
         "score_std": max(float(raw.std()), 1e-6),
@@ -244,25 +250,23 @@ def normalisation(raw: np.ndarray, ethics: np.ndarray) -> dict[str, float]:
     }
 
 
-def state(run: dict, policy, optimizers, generator: torch.Generator, folder: Path) -> dict:
+def state(run: dict, policy, optimizers, generators: tuple[torch.Generator, ...], folder: Path) -> dict:
     """What a checkpoint holds."""
     return {
         "run": run,
         "policy": policy.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "generator": generator.get_state(),
-        "random": checkpoint.random_state(),
+        "random": checkpoint.random_states(*generators),
         "sizes": run_folder.sizes(folder),
     }
 
 
-def restore(saved: dict, policy, optimizers, generator: torch.Generator, folder: Path) -> dict:
+def restore(saved: dict, policy, optimizers, generators: tuple[torch.Generator, ...], folder: Path) -> dict:
     """Puts everything back as it was, and returns what `state` called the run."""
     policy.load_state_dict(saved["policy"])
     for optimizer, of_optimizer in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(of_optimizer)
-    generator.set_state(saved["generator"])
-    checkpoint.set_random_state(saved["random"])
+    checkpoint.set_random_states(saved["random"], *generators)
     run_folder.cut_back(folder, saved["sizes"])
     return saved["run"]
 
@@ -285,7 +289,7 @@ def guard(run: dict, rollout: ppo.Rollout, args: argparse.Namespace, bar: tqdm) 
         )
     elif len(run["kls"]) == MOVING_AVERAGE and np.mean(run["kls"]) < -0.1:
         warning = "the KL stays negative, which that of samples cannot: they are not the policy's own"
-    if warning and not run["warned"]:
+    if warning and not run["warned"] and parallel.rank() == 0:
         bar.write(f"warning: update {update}: {warning}", file=sys.stderr)
         run["warned"] = True
 

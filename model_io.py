@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import common
+import parallel
 import sampler
 from common import UserError, autocast, offline_without_network
 from data import encode_queries
@@ -201,6 +202,7 @@ Made by `{record["command"]}` (commit {record["commit"]}, {record["machine"]}) f
 """
 
 
+@parallel.by_the_first
 def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict | None = None) -> None:
     """Model, tokenizer, README.md (the model card) and metrics.json, complete or not at all."""
     folder = Path(folder)

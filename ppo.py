@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 
+import parallel
 from optimization import optimizer_step
 from sampler import position_ids, real_tokens, sample
 
@@ -96,7 +97,7 @@ def token_logits(model, states: Tensor, temperature: float) -> Tensor:
 
 def slices(rows: Tensor, mask: Tensor, size: int) -> tuple[Tensor, ...]:
     """Row numbers in parts of at most `size`, rows of like length together, so that little of a part is padding."""
-    return rows[mask[rows].sum(1).argsort(stable=True)].split(size)
+    return rows[mask[rows].sum(1).argsort(stable=True)].split(size) if len(rows) else ()
 
 
 def places(mask: Tensor) -> Tensor:
@@ -199,8 +200,9 @@ def logprob_and_kl(logits: Tensor, ids: Tensor, ref_logp: Tensor) -> tuple[Tenso
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x [B, R] over real tokens."""
-    return (x * mask).sum() / mask.sum()
+    """Mean of x [B, R] over the real tokens of all processes."""
+    summed, tokens = parallel.total(torch.stack([(x * mask).sum(), mask.sum()]))
+    return summed / tokens
 
 
 def masked_std(x: Tensor, mask: Tensor) -> Tensor:
@@ -280,7 +282,42 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episo
     return kl_coef * (1 + error * episodes / horizon)
 
 
-STATISTICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction", "grad_norm")
+STATISTICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction")
+
+
+def slice_losses(
+    policy: PolicyWithValue,
+    rollout: Rollout,
+    rows: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    *,
+    clip_range: float,
+    value_clip_range: float,
+    value_coef: float,
+    kl_weight: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of some rows of a rollout, its STATISTICS, both summed over their tokens, and their largest |ratio - 1|.
+
+    advantages and returns are those of the whole rollout, [B, R].
+    """
+    mask = rollout.response_mask
+    real = mask[rows].bool()
+    ids = torch.cat([rollout.query_ids[rows], rollout.response_ids[rows]], 1)
+    full_mask = torch.cat([rollout.query_mask[rows], mask[rows]], 1)
+    response_ids, old_logprobs, old_values, advantage, wanted = (
+        x[rows][real] for x in (rollout.response_ids, rollout.logprobs, rollout.values, advantages, returns)
+    )
+    logits, values = policy(ids, full_mask, mask[rows], temperature)
+    logprobs, kl = logprob_and_kl(logits, response_ids, rollout.ref_distribution[places(mask)[rows][real]])
+    policy_losses, ratio = policy_loss(logprobs, old_logprobs, advantage, clip_range)
+    value_losses, value_clipped = value_loss(values, old_values, wanted, value_clip_range)
+    with torch.no_grad():
+        approx_kl, deviation = 0.5 * (logprobs - old_logprobs) ** 2, (ratio - 1).abs()
+        of_tokens = policy_losses, value_losses, approx_kl, deviation > clip_range, value_clipped
+        statistics = torch.stack([x.sum() for x in of_tokens])
+    return (policy_losses + value_coef * value_losses + kl_weight * kl).sum(), statistics, deviation.max()
 
 
 def update(
@@ -292,57 +329,46 @@ def update(
     *,
     epochs: int,
     minibatches: int,
-    clip_range: float,
-    value_clip_range: float,
-    value_coef: float,
-    kl_weight: float,
-    temperature: float,
     forward_batch: int,
     steps_done: int,
     generator: torch.Generator,
+    **settings: float,
 ) -> dict[str, float]:
     """One PPO update: `epochs` passes over the rollout in shuffled minibatches. Returns means over all of them.
 
     With a `kl_weight` the loss holds the exact KL to the reference too. Its gradient and that of the rewards to come
     (`kl_to_come`) together are the gradient of the same objective as with sampled KL in the rewards, with less noise.
-    A minibatch goes through the model in slices of `forward_batch` rows whose gradients add up to its own.
-    One whose gradient is not finite never reaches the weights: it is "skipped", and counted.
+    A minibatch goes through the model in slices of `forward_batch` rows whose gradients add up to its own;
+    `settings` are those of `slice_losses`.
+    A minibatch whose gradient is not finite never reaches the weights: it is "skipped", and counted.
+    Of several processes, with as many rows each, every one works on its rows of a minibatch; `generator`, a CPU's,
+    shuffles the rows of all, and must be in the same state in all.
     """
-    ids = torch.cat([rollout.query_ids, rollout.response_ids], 1)
-    mask = rollout.response_mask
-    full_mask = torch.cat([rollout.query_mask, mask], 1)
-    place = places(mask)
-    sums, first, kept = dict.fromkeys(STATISTICS, 0.0), None, 0
+    mask, parameters = rollout.response_mask, list(policy.parameters())
+    rows_here = torch.arange(len(mask)) + parallel.rank() * len(mask)
+    sums, first = torch.zeros(len(STATISTICS) + 1, device=mask.device), torch.zeros((), device=mask.device)
+    steps = kept = 0
     for _ in range(epochs):
-        order = torch.randperm(len(ids), generator=generator, device=ids.device)
+        order = torch.randperm(parallel.count() * len(mask), generator=generator)
         for minibatch in order.chunk(minibatches):
-            tokens, found = mask[minibatch].sum(), dict.fromkeys(STATISTICS, 0.0)
+            minibatch = (minibatch[torch.isin(minibatch, rows_here)] - rows_here[0]).to(mask.device)
+            tokens, found = parallel.total(mask[minibatch].sum()), torch.zeros_like(sums[:-1])
             for rows in slices(minibatch, mask, forward_batch):
-                real = mask[rows].bool()
-                tokens_of = [x[rows][real] for x in (rollout.response_ids, rollout.logprobs, rollout.values)]
-                response_ids, old_logprobs, old_values = tokens_of
-                ref_logp = rollout.ref_distribution[place[rows][real]]
-                logits, values = policy(ids[rows], full_mask[rows], mask[rows], temperature)
-                logprobs, kl = logprob_and_kl(logits, response_ids, ref_logp)
-                policy_losses, ratio = policy_loss(logprobs, old_logprobs, advantages[rows][real], clip_range)
-                value_losses, value_clipped = value_loss(values, old_values, returns[rows][real], value_clip_range)
-                loss = (policy_losses + value_coef * value_losses + kl_weight * kl).sum() / tokens
-                loss.backward()
-                with torch.no_grad():
-                    if first is None:
-                        first = (ratio - 1).abs().max().item()
-                    approx_kl = 0.5 * (logprobs - old_logprobs) ** 2
-                    clipped = (ratio - 1).abs() > clip_range
-                    for name, x in zip(
-                        STATISTICS, (policy_losses, value_losses, approx_kl, clipped, value_clipped), strict=False
-                    ):
-                        found[name] = found[name] + x.sum() / tokens
-            found["grad_norm"] = norm = nn.utils.get_total_norm([p.grad for p in policy.parameters()])
+                loss, statistics, deviation = slice_losses(policy, rollout, rows, advantages, returns, **settings)
+                (loss / tokens).backward()
+                found += statistics / tokens
+                first = first if steps else first.maximum(deviation)
+            parallel.add_gradients(parameters)
+            norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
             if norm.isfinite():
                 kept += 1
                 optimizer_step(optimizers, steps_done + kept)
-                sums = {name: total + found[name] for name, total in sums.items()}
+                sums += torch.cat([parallel.total(found), norm.unsqueeze(0)])
             else:
                 policy.zero_grad()
-    means = {name: float(total) / kept if kept else math.nan for name, total in sums.items()}
-    return means | {"ratio_deviation_first": first, "skipped": epochs * minibatches - kept}
+            steps += 1
+    means = (sums / kept).tolist() if kept else [math.nan] * len(sums)
+    return dict(zip((*STATISTICS, "grad_norm"), means, strict=True)) | {
+        "ratio_deviation_first": max(parallel.gather([first.item()])),
+        "skipped": steps - kept,
+    }

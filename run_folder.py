@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import common
+import parallel
 import ppo
 from common import UserError
 
@@ -15,6 +16,7 @@ SAMPLES = 8  # rows of samples.csv at a time
 GROWING = ("log.csv", "samples.csv")  # a checkpoint says how long they were
 
 
+@parallel.by_the_first
 def start(folder: Path, config: dict) -> None:
     """A folder without the files of a run before, and with config.json."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -23,6 +25,7 @@ def start(folder: Path, config: dict) -> None:
     common.write_json(folder / "config.json", config)
 
 
+@parallel.by_the_first
 def tensorboard(folder: Path, updates_done: int):
     """A TensorBoard writer that goes on after so many updates."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by few
@@ -30,6 +33,7 @@ def tensorboard(folder: Path, updates_done: int):
     return SummaryWriter(str(folder), purge_step=updates_done + 1)
 
 
+@parallel.by_the_first
 def append(path: Path, rows: list[dict]) -> None:
     with open(path, "a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -52,6 +56,7 @@ def log(row: dict, folder: Path, writer, bar) -> None:
     )
 
 
+@parallel.by_the_first
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of the growing files, all of them on the disk."""
     for name in GROWING:
@@ -59,6 +64,7 @@ def sizes(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in GROWING}
 
 
+@parallel.by_the_first
 def cut_back(folder: Path, to: dict[str, int]) -> None:
     """Takes off the rows that came after `sizes` said this."""
     for name, size in to.items():
@@ -76,17 +82,20 @@ def cut_back(folder: Path, to: dict[str, int]) -> None:
 def measured(
     rollout: ppo.Rollout, scores: torch.Tensor, ethics: np.ndarray, returns: torch.Tensor, kl_coef: float
 ) -> dict[str, float]:
-    """What log.csv says of a rollout with scores and ethics [B]."""
-    mask, score, kl = rollout.response_mask, scores.mean().item(), rollout.kl.mean().item()
+    """What log.csv says of a rollout with scores and ethics [B], and of those of the other processes."""
+    mask = rollout.response_mask
+    score, kl, length, terminated = (
+        parallel.mean(x).item() for x in (scores, rollout.kl, mask.sum(1), rollout.terminated)
+    )
     return {
         "score": score,
-        "ethics": float(ethics.mean()),
+        "ethics": float(np.mean(parallel.gather(ethics.tolist()))),
         "kl": kl,
         "reward": score - kl_coef * kl,
         "entropy": ppo.masked_mean(rollout.entropy, mask).item(),
         "explained_variance": ppo.explained_variance(rollout.values, returns, mask),
-        "response_length": mask.sum(1).float().mean().item(),
-        "terminated": rollout.terminated.float().mean().item(),
+        "response_length": length,
+        "terminated": terminated,
     }
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import checkpoint
+import parallel
 from checkpoint import Keep
 from common import TOLERATED, UserError, autocast
 from optimization import Muon, inner_matrices
@@ -34,11 +35,14 @@ def pad(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tenso
     return ids, mask
 
 
-def lm_loss(model, ids: Tensor, mask: Tensor) -> Tensor:
-    """Mean negative log-likelihood of every token after the first, in nats a token, of texts [B, T]."""
-    real = mask[:, 1:].bool()
+def lm_loss(model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood in nats of texts [B, T] after their first token, and the number of tokens, [B] each."""
+    predicted = mask[:, 1:]
+    real = predicted.bool()
     hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-    return cross_entropy(model.get_output_embeddings()(hidden[real]).float(), ids[:, 1:][real])
+    logits = model.get_output_embeddings()(hidden[real]).float()
+    losses = cross_entropy(logits, ids[:, 1:][real], reduction="none")
+    return torch.zeros(real.shape, device=ids.device).masked_scatter(real, losses).sum(1), predicted.sum(1)
 
 
 def make_optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
@@ -73,7 +77,7 @@ def one_pass(
 def fit(
     model: nn.Module,
     lengths: list[int],
-    loss_of: Callable[[list[int]], Tensor],
+    loss_of: Callable[[list[int]], tuple[Tensor, Tensor]],
     validate: Callable[[], dict[str, float]],
     *,
     epochs: int,
@@ -89,14 +93,16 @@ def fit(
     revisit: float = 1.0,
     lowest: str = "loss",
 ) -> list[dict[str, float]]:
-    """Train `model` on batches of row numbers, given every row's length and the loss of such a batch or of its rows.
+    """Train `model` on batches of row numbers.
 
+    `lengths` are those of all rows; loss_of a batch is the loss of each of its rows, summed over what the row has to
+    predict, and how much that is, [B] each.
     An epoch is as many steps as all rows fill. The learning rate rises over the first twentieth of the steps, and
     falls to 0 over the last part, `decay`, of them. `keep` is called after every step, and `saved` is what it saved of
     a fit with this label, to go on from; one of another label changes nothing.
     Returns what `validate` said after every epoch; the model ends with the weights for which `lowest` of it was lowest.
     """
-    optimizers = make_optimizers(model, lr, muon)
+    optimizers, parameters = make_optimizers(model, lr, muon), list(model.parameters())
     per_epoch = -(-len(lengths) // batch_size)
     steps, lengths, order = epochs * per_epoch, np.array(lengths), np.random.default_rng(seed)
     losses = np.full(len(lengths), np.inf)
@@ -108,7 +114,7 @@ def fit(
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        checkpoint.set_random_state(saved["random"])
+        checkpoint.set_random_states(saved["random"])
 
     def scale(step: int) -> float:
         return min((step + 1) / (0.05 * steps + 1), 1, (1 - step / steps) / decay)
@@ -126,20 +132,31 @@ def fit(
             "order": order.bit_generator.state,
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "random": checkpoint.random_state(),
+            "random": checkpoint.random_states(),
         }
 
-    bar = tqdm(range(done + 1, steps + 1), desc=label, unit="step", initial=done, total=steps, dynamic_ncols=True)
+    bar = tqdm(
+        range(done + 1, steps + 1),
+        desc=label,
+        unit="step",
+        initial=done,
+        total=steps,
+        dynamic_ncols=True,
+        disable=parallel.rank() > 0,
+    )
     for step in bar:
         model.train()
         waiting = waiting or one_pass(lengths, losses, batch_size, revisit, order)
         batch = waiting.pop(0)
+        mine = parallel.share(batch)
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = lr * scale(step - 1)
         with autocast(device):
-            row_losses = loss_of(batch)
-        row_losses.mean().backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            row_losses, predicted = loss_of(mine) if mine else (torch.zeros(0, device=device, requires_grad=True),) * 2
+        all_predicted = parallel.total(predicted.detach().sum())
+        (row_losses.sum() / all_predicted).backward()
+        parallel.add_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         skipped = 0 if np.isfinite(norm) else skipped + 1  # a bad step never reaches the weights
         for optimizer in optimizers:
             if not skipped:
@@ -149,8 +166,8 @@ def fit(
             what = "gradient" if row_losses.isfinite().all() else "loss"
             raise UserError(f"{label}, step {step}: the {what} is not finite, {skipped} times in a row; lower --lr")
         if not skipped:
-            losses[batch] = row_losses.detach().cpu()
-            total += float(losses[batch].mean())
+            losses[batch] = parallel.gather((row_losses.detach() / predicted).tolist())
+            total += (parallel.total(row_losses.detach().sum()) / all_predicted).item()
         epoch, count = divmod(step - 1, per_epoch)
         bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {total / (count + 1):.3f}", refresh=False)
         if count + 1 == per_epoch:
@@ -172,8 +189,7 @@ def perplexity(model, rows: list[list[int]], pad_id: int, device: torch.device, 
     rows, total, count = sorted(rows, key=len), 0.0, 0
     for start in range(0, len(rows), batch):
         ids, mask = pad(rows[start : start + batch], pad_id, device)
-        predicted = mask[:, 1:].sum().item()
         with autocast(device):
-            total += lm_loss(model, ids, mask).item() * predicted
-        count += predicted
+            losses, predicted = lm_loss(model, ids, mask)
+        total, count = total + losses.sum().item(), count + predicted.sum().item()
     return {"loss": total / count, "perplexity": float(np.exp(total / count))}

@@ -63,6 +63,12 @@ def parse_args() -> argparse.Namespace:
         help="share of the learned texts that a pass goes through again (default: 0.1 for scratch, otherwise 1); "
         "where labels have no noise this gives the hard texts the time",
     )
+    training.add_argument(
+        "--label-smoothing",
+        type=common.FRACTION,
+        default=0.0,
+        help="how much of a label is taken for chance: it bounds the log-odds, and so what one text can score",
+    )
     training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
     common.add_machine_flags(parser)
     checkpoint.add_flags(parser.add_argument_group("checkpoints"), every=200)
@@ -128,7 +134,7 @@ def learn_language(model, ids: list[list[int]], valid_ids: list[list[int]], pad_
     setattr(generator, generator.base_model_prefix, model.base_model)
     generator.tie_weights()
 
-    def loss(batch: list[int]) -> torch.Tensor:
+    def loss(batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return supervised.lm_loss(generator, *supervised.pad([ids[i] for i in batch], pad_id, device))
 
     def validate() -> dict[str, float]:
@@ -180,10 +186,14 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
         learn_language(model, ids, valid_ids, tokenizer.pad_token_id, epochs=lm_epochs, lr=args.lm_lr, **shared)
 
     # labels
-    def loss(batch: list[int]) -> torch.Tensor:
+    chance = args.label_smoothing / 2
+    least = float(torch.special.entr(torch.tensor([chance, 1 - chance])).sum())  # a smoothed label's own entropy
+
+    def loss(batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, mask = supervised.pad([ids[i] for i in batch], tokenizer.pad_token_id, device)
         logits = model(input_ids=inputs, attention_mask=mask).logits.float()
-        return cross_entropy(logits, labels[batch].long(), reduction="none")
+        smoothed = cross_entropy(logits, labels[batch].long(), reduction="none", label_smoothing=args.label_smoothing)
+        return smoothed - least, torch.ones_like(smoothed)  # 0 for a text that is learned, whatever the smoothing
 
     def validate() -> dict[str, float]:
         scores = model_io.log_odds(model, tokenizer, valid[0], device)

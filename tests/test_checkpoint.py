@@ -100,7 +100,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
         with pytest.raises(UserError, match="is no checkpoint of ours"):
             checkpoint.load(path, SETTINGS)
     checkpoint.save(path, {"format": 0, "settings": SETTINGS})
-    with pytest.raises(UserError, match="has format 0, not 1"):
+    with pytest.raises(UserError, match="has format 0, not 2"):
         checkpoint.load(path, SETTINGS)
     torch.save({"format": checkpoint.FORMAT, "settings": print}, path)  # code in it is not run
     with pytest.raises(UserError, match="is no checkpoint of ours"):
@@ -151,7 +151,8 @@ def test_three_losses_in_a_row_that_are_not_finite_stop_a_fit():
 
         def loss(batch):
             steps.append(1)
-            return layer(torch.ones(len(batch), 2)).mean() * (np.nan if len(steps) in bad_steps else 1.0)
+            rows = layer(torch.ones(len(batch), 2)).squeeze(1) * (np.nan if len(steps) in bad_steps else 1.0)
+            return rows, torch.ones(len(batch))
 
         return supervised.fit(
             layer, [1] * 8, loss, lambda: {"loss": 0.0}, epochs=1, batch_size=1, lr=0.1, muon=False,
