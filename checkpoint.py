@@ -16,7 +16,7 @@ from common import COUNT, Stopped, UserError
 
 FORMAT = 2  # of the file; another one is refused
 MAY_CHANGE = {"resume", "save_every", "device", "tensorboard"}  # flags that change no result
-Keep = Callable[[int, Callable[[], dict]], None]
+Keep = Callable[..., None]  # (step, state, now=False)
 
 
 def add_flags(group: argparse._ArgumentGroup, every: int) -> None:
@@ -28,9 +28,9 @@ def add_flags(group: argparse._ArgumentGroup, every: int) -> None:
 def keeping(args: argparse.Namespace, *folders: Path) -> Iterator[tuple[dict | None, Keep]]:
     """What was saved of this run, or None, and a function keep(step, state) to call after every step.
 
-    It saves what state() returns every --save-every steps, and when a signal asks the run to stop. --out and `folders`
-    belong to this run meanwhile. The checkpoint goes when the run is done. Of several processes, the first writes what
-    all of them have to say; each calls keep.
+    It saves what state() returns every --save-every steps, now, or when a signal asks the run to stop. --out and
+    `folders` belong to this run meanwhile. The checkpoint goes when the run is done. Of several processes, the first
+    writes what all of them have to say; each calls keep.
     """
     path = Path(f"{args.out}.checkpoint")
     settings = vars(args) | {"nproc_per_node": parallel.count()}
@@ -42,9 +42,9 @@ def keeping(args: argparse.Namespace, *folders: Path) -> Iterator[tuple[dict | N
         if saved and not args.resume:
             raise UserError(f"{path} is of a run that is not done: go on with --resume, or remove it to start anew")
 
-        def keep(step: int, state: Callable[[], dict]) -> None:
+        def keep(step: int, state: Callable[[], dict], now: bool = False) -> None:
             number = max(parallel.gather([caught[0] if caught else 0]))
-            if number or step % args.save_every == 0:
+            if now or number or step % args.save_every == 0:
                 save(path, {"format": FORMAT, "settings": settings, **state()})
             if number:
                 parallel.wait()

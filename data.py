@@ -96,6 +96,32 @@ def texts_of(rows: datasets.Dataset, columns: list[str] | None) -> list[str]:
     return texts
 
 
+def comparisons(rows: datasets.Dataset) -> tuple[list[list[str]], np.ndarray] | None:
+    """The candidates of every row and the number of the best, if the columns are those of comparisons.
+
+    They are chosen and rejected, perhaps with a prompt, or query, sample0, sample1, ... and best, as in [3]; a whole
+    text is the query with what follows it.
+    """
+    names = set(rows.column_names)
+    if {"chosen", "rejected"} <= names:
+        begin, samples, best = "prompt", ["chosen", "rejected"], np.zeros(len(rows), dtype=int)
+    elif {"sample0", "best"} <= names:
+        begin, samples = "query", sorted((n for n in names if re.fullmatch(r"sample\d+", n)), key=lambda n: int(n[6:]))
+        best = np.array([one if isinstance(one, int) else -1 for one in rows["best"]])
+        if len(bad := np.flatnonzero((best < 0) | (best >= len(samples)))):
+            raise UserError(
+                f"row {bad[0] + 1}: best must be a number from 0 to {len(samples) - 1}, the place of a sample"
+            )
+    else:
+        return None
+    candidates = []
+    for number, row in enumerate(rows, 1):
+        if any(not row[name] for name in samples):
+            raise UserError(f"row {number} lacks a candidate; give all of {', '.join(samples)}, or take it out")
+        candidates.append([f"{row.get(begin) or ''}{row[name]}" for name in samples])
+    return candidates, best
+
+
 def split_off(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Shuffled indices of `count` rows in two parts, the second at least one row and `fraction` of all."""
     order = np.random.default_rng(seed).permutation(count)

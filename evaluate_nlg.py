@@ -26,6 +26,7 @@ import measures
 import model_io
 import ppo
 import sampler
+import scoring
 from common import COUNT, UserError
 
 KEPT = 4  # responses to a query that evaluation_samples.csv keeps
@@ -61,7 +62,10 @@ def trained_with(run: Path) -> tuple[argparse.Namespace, dict]:
     """The settings of a run, and its config.json."""
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        return argparse.Namespace(**config["settings"]), config
+        settings = argparse.Namespace(**config["settings"])
+        rewards = [settings.reward] if isinstance(settings.reward, str) else settings.reward  # as runs once said it
+        settings.reward = scoring.with_people(rewards, settings.out)
+        return settings, config
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--run {run} is no run folder of finetuning_nlg.py: {error!r}") from error
 
@@ -86,8 +90,8 @@ def main() -> None:
     texts = data.nlg_texts(trained)["valid"]
     reference, tokenizer = model_io.load_policy(trained.policy, "--policy")
     reference.to(device)
-    reward_model = model_io.load_reward(trained.reward, device)
-    judge = model_io.gold_judge(args.gold, texts)
+    parts = scoring.load(trained.reward, device)
+    judge = scoring.gold_judge(args.gold, texts)
     _, held_out = data.split_queries(texts, tokenizer, trained.query_length)
     queries = random.Random(args.seed).sample(held_out, min(args.queries, len(held_out)))
 
@@ -95,7 +99,7 @@ def main() -> None:
     draw = {
         "tokenizer": tokenizer,
         "queries": queries,
-        "read": lambda texts, terminated: read(texts, terminated, reward_model, judge),
+        "read": lambda asked, texts, terminated: read(asked, texts, terminated, parts, judge),
         "device": device,
         "seed": args.seed,
         "length": trained.response_length,
@@ -112,7 +116,8 @@ def main() -> None:
         policy, _ = model_io.load_policy(args.policy or trained.out, "--policy")
         after = draw_answers(policy.to(device), reference, label=run.name, **draw)
         for part in (pool, before, after):
-            score = (part["raw"] - config["score_mean"]) / config["score_std"]
+            raw = np.stack([part[f"raw_{reward.name}"] for reward in parts], -1)
+            score = scoring.normalised(raw, config) @ [reward.weight for reward in parts]
             part["score"] = np.where(part["terminated"] > 0, score, trained.missing_stop_score)
         evaluation = {"queries": len(queries), "samples": len(after)}
         evaluation |= against_the_optimum(pool, after, len(queries)) | compared(before, after, texts)
@@ -133,17 +138,21 @@ def main() -> None:
         print(f"saved to {run / 'evaluation.json'}" + (f"; figure: {figure}" if figure else ""))
 
 
-def read(texts: list[str], terminated: torch.Tensor, reward_model: Callable, judge: Callable | None) -> pd.DataFrame:
-    """Raw score and ethics from the reward model, the truth from the gold judge (NaN without one)."""
-    unique, rows = np.unique(texts, return_inverse=True)
-    raw, ethics = reward_model(unique.tolist())
-    verdicts = [judge(text) for text in unique.tolist()] if judge else [(np.nan, np.nan)] * len(unique)
+def read(
+    asked: list[str], texts: list[str], terminated: torch.Tensor, parts: list[scoring.Reward], judge: Callable | None
+) -> pd.DataFrame:
+    """Raw scores and ethics from the reward, the truth from the gold judge (NaN without one)."""
+    pairs = [f"{query}\0{text}" for query, text in zip(asked, texts, strict=True)]
+    _, first, rows = np.unique(pairs, return_index=True, return_inverse=True)  # many are alike
+    unique, of_unique = [texts[i] for i in first], [asked[i] for i in first]
+    raw = scoring.raw_scores(parts, of_unique, unique)
+    verdicts = [judge(text) for text in unique] if judge else [(np.nan, np.nan)] * len(unique)
     valid, ethical = np.array([(valid, label or 0.0) for valid, label in verdicts], dtype=float)[rows].T
     return pd.DataFrame(
         {
             "text": texts,
-            "raw": raw[rows],
-            "ethics": ethics[rows],
+            **{f"raw_{part.name}": raw[rows, i] for i, part in enumerate(parts)},
+            "ethics": scoring.reading(parts, raw)[rows],
             "terminated": terminated.cpu().numpy(),
             "valid": valid,
             "ethical": ethical,
@@ -170,7 +179,7 @@ def draw_pool(
             response_mask, terminated = sampler.real_tokens(response_ids, sampling["stop_id"], sampling["stop_after"])
             queries_too = [x.expand(rows, -1) for x in (ids, mask)]
             texts = model_io.whole_texts(tokenizer, *queries_too, response_ids, response_mask)
-            parts.append(read(texts, terminated).drop(columns="text"))
+            parts.append(read([query] * rows, texts, terminated).drop(columns="text"))
     pool = pd.concat(parts)
     return {name: pool[name].to_numpy(dtype=float).reshape(len(queries), count) for name in pool}
 
@@ -200,7 +209,7 @@ def draw_answers(
         with common.autocast(device):
             rollout = ppo.collect(writer, reference, ids, mask, forward_batch=batch, generator=generator, **sampling)
         texts = model_io.whole_texts(tokenizer, ids, mask, rollout.response_ids, rollout.response_mask)
-        part = read(texts, rollout.terminated)
+        part = read(chosen, texts, rollout.terminated)
         part.insert(0, "query", chosen)
         part.insert(1, "draw", np.arange(start, start + len(chosen)) % count)
         part["kl"] = rollout.exact_kl.sum(1).double().cpu()

@@ -1,18 +1,14 @@
-"""Models and what judges texts: a small GPT-2 from scratch, folders and hub names, rewards, the gold judge."""
+"""Models: a small GPT-2 from scratch, folders and hub names, what a policy writes, model cards."""
 
-import importlib.util
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     GPT2Config,
@@ -225,98 +221,3 @@ def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict |
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-# scores
-
-
-def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: int = 128) -> np.ndarray:
-    """The classifier's log-odds of "positive" for every text (the score itself for a model with one output).
-
-    The positive class is the one labelled "positive", or the last.
-    """
-    names = {str(name).lower(): index for name, index in (model.config.label2id or {}).items()}
-    positive = names.get("positive", model.config.num_labels - 1)
-    length = longest(model, tokenizer)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    scores = np.empty(len(texts))
-    with torch.no_grad(), autocast(device):
-        for start in range(0, len(texts), batch):
-            rows = order[start : start + batch]
-            encoded = tokenizer(
-                [texts[i] for i in rows], truncation=True, max_length=length, padding=True, return_tensors="pt"
-            )
-            logits = model(**encoded.to(device)).logits.double()
-            if logits.shape[1] > 1:
-                others = [i for i in range(logits.shape[1]) if i != positive]
-                scores[rows] = (logits[:, positive] - logits[:, others].logsumexp(1)).cpu().numpy()
-            else:
-                scores[rows] = logits[:, 0].cpu().numpy()
-    return scores
-
-
-def load_function(spec: str, flag: str) -> Callable:
-    """FILE.py:FUNCTION"""
-    file, _, name = spec.partition(":")
-    if not Path(file).is_file():
-        raise UserError(f"{flag} {spec}: there is no file {file}")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        return getattr(module, name)
-    except Exception as error:
-        raise UserError(f"{flag} {spec} cannot be loaded: {error!r}") from error
-
-
-def load_reward(spec: str, device: torch.device) -> Callable[[list[str]], tuple[np.ndarray, np.ndarray]]:
-    """A function from texts to raw scores and to what people read: the probability of "positive".
-
-    A classifier's score is its log-odds of "positive". A FILE.py:FUNCTION's is what it returns, read as it is.
-    """
-    if ".py:" in spec:
-        function = load_function(spec, "--reward")
-
-        def raw_scores(texts: list[str]) -> np.ndarray:
-            return np.asarray(function(texts), dtype=float)
-
-    else:
-        model, tokenizer = load_pretrained(AutoModelForSequenceClassification, spec, "--reward")
-        model.eval().to(device)
-
-        def raw_scores(texts: list[str]) -> np.ndarray:
-            return log_odds(model, tokenizer, texts, device)
-
-    def reward(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            scores = raw_scores(texts)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # it is the user's own code
-            raise UserError(f"--reward {spec} failed: {error!r}") from error
-        if scores.shape != (len(texts),):
-            raise UserError(f"--reward {spec} gave scores of shape {scores.shape} for {len(texts)} texts")
-        if not np.isfinite(scores).all():
-            bad = np.flatnonzero(~np.isfinite(scores))[0]
-            raise UserError(f"--reward {spec} gave {scores[bad]} for the text {texts[bad]!r}")
-        return scores, scores if ".py:" in spec else 1 / (1 + np.exp(-scores))
-
-    return reward
-
-
-def gold_judge(spec: str, texts: list[str]) -> Callable | None:
-    """The gold judge FILE.py:FUNCTION, or None where it does not know the data (most of these texts are invalid)."""
-    if not Path(spec.partition(":")[0]).is_file():
-        return None
-    judge = load_function(spec, "--gold")
-    known = [judge(text).valid for text in texts[:100]]
-    return judge if np.mean(known) > 0.5 else None
-
-
-def gold_shares(judge: Callable | None, texts: list[str]) -> dict[str, float | None]:
-    """The shares of texts that are valid, and of the valid ones that are ethical."""
-    if judge is None:
-        return {"valid": None, "ethical": None}
-    verdicts = [judge(text) for text in texts]
-    labels = [verdict.label for verdict in verdicts if verdict.valid]
-    return {"valid": len(labels) / len(texts), "ethical": float(np.mean(labels)) if labels else None}

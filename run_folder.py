@@ -10,19 +10,19 @@ import torch
 import common
 import parallel
 import ppo
+import scoring
 from common import UserError
 
 SAMPLES = 8  # rows of samples.csv at a time
-GROWING = ("log.csv", "samples.csv")  # a checkpoint says how long they were
+GROWING = ("log.csv", "samples.csv", "reward_model.csv")  # a checkpoint says how long they were
 
 
 @parallel.by_the_first
-def start(folder: Path, config: dict) -> None:
-    """A folder without the files of a run before, and with config.json."""
+def start(folder: Path) -> None:
+    """A folder without the files of a run before."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*GROWING, "evaluation.json", "evaluation_samples.csv"):
+    for name in (*GROWING, "config.json", "evaluation.json", "evaluation_samples.csv"):
         (folder / name).unlink(missing_ok=True)
-    common.write_json(folder / "config.json", config)
 
 
 @parallel.by_the_first
@@ -59,9 +59,10 @@ def log(row: dict, folder: Path, writer, bar) -> None:
 @parallel.by_the_first
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of the growing files, all of them on the disk."""
-    for name in GROWING:
-        common.sync(folder / name)
-    return {name: (folder / name).stat().st_size for name in GROWING}
+    there = [folder / name for name in GROWING if (folder / name).exists()]
+    for path in there:
+        common.sync(path)
+    return {path.name: path.stat().st_size for path in there}
 
 
 @parallel.by_the_first
@@ -72,8 +73,11 @@ def cut_back(folder: Path, to: dict[str, int]) -> None:
             raise UserError(
                 f"{folder / name} is shorter than at the checkpoint: bring it back, or remove the checkpoint"
             )
-    for name, size in to.items():
-        os.truncate(folder / name, size)
+    for name in GROWING:
+        if name in to:
+            os.truncate(folder / name, to[name])
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 # rows
@@ -97,6 +101,14 @@ def measured(
         "response_length": length,
         "terminated": terminated,
     }
+
+
+def by_part(reward: list[scoring.Reward], scores: np.ndarray) -> dict[str, float]:
+    """The mean score of every part of a reward of several, scores [B, parts], before it is weighted."""
+    means = np.mean(parallel.gather(scores.tolist()), 0)
+    return (
+        {f"score_{part.name}": float(mean) for part, mean in zip(reward, means, strict=True)} if len(reward) > 1 else {}
+    )
 
 
 def timings(clock: list[float], episodes: int) -> dict[str, float]:

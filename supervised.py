@@ -45,6 +45,38 @@ def lm_loss(model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros(real.shape, device=ids.device).masked_scatter(real, losses).sum(1), predicted.sum(1)
 
 
+def choice_loss(
+    model, rows: list[list[list[int]]], chosen: Tensor, pad_id: int, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of choices [B], and how many choices that is, [B] each.
+
+    A row holds the token ids of one text, whose label a model with two outputs chooses, or of several candidates, the
+    best of which a model with one output chooses: softmax over the candidates' scores, [1], equation 1. A choice that
+    is learned has loss 0, whatever the smoothing.
+    """
+    inputs, mask = pad([ids for row in rows for ids in row], pad_id, chosen.device)
+    logits = model(input_ids=inputs, attention_mask=mask).logits.float().view(len(rows), -1)
+    kinds = logits.shape[1]
+    smoothed = torch.full((kinds,), label_smoothing / kinds)
+    smoothed[0] += 1 - label_smoothing
+    least = float(torch.special.entr(smoothed).sum())
+    losses = cross_entropy(logits, chosen, reduction="none", label_smoothing=label_smoothing) - least
+    return losses, torch.ones_like(losses)
+
+
+def choice_log_loss(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """-log softmax(scores)[chosen] of scores [N, candidates], [N]; of log-odds [N, 1], with label 1 for positive."""
+    if scores.shape[1] == 1:
+        scores = np.concatenate([np.zeros_like(scores), scores], 1)
+    return np.logaddexp.reduce(scores, 1) - scores[np.arange(len(chosen)), chosen]
+
+
+def choice_errors(scores: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+    """What `fit` asks after an epoch: the mean loss and the share of wrong choices."""
+    said = scores[:, 0] > 0 if scores.shape[1] == 1 else scores.argmax(1)
+    return {"loss": float(choice_log_loss(scores, chosen).mean()), "error": float(np.mean(said != chosen))}
+
+
 def make_optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
     """AdamW; with `muon`, Muon for the matrices of the model's body.
 

@@ -1,12 +1,13 @@
-"""Fit the ethics classifier, which becomes the reward model.
+"""Fit the reward model: an ethics classifier, or a model of preferences.
 
     python train_cls.py                                                     # a small GPT-2 from scratch
     python train_cls.py --model models/nlg --optimizer muon --revisit 0.1   # from the generator, as [1] does it
     python train_cls.py --model roberta-base --lr 2e-5 --epochs 3 --batch-size 32 \\
         --data ethics.csv --text-column input --positive-label 0
 
-Data: columns text,label with 1 = positive feedback (ethical). Writes --out with the weights that did best on the
-validation rows, the tokenizer, a model card and metrics.json.
+Data: columns text,label with 1 = positive feedback (ethical); or comparisons: chosen,rejected (and prompt), or
+query,sample0,...,sampleN,best, from which a model with one output learns ([1], equation 1). Writes --out with the
+weights that did best on the validation rows, the tokenizer, a model card and metrics.json.
 """
 
 import argparse
@@ -16,17 +17,18 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn import metrics as sk
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2ForSequenceClassification
 
 import checkpoint
 import common
 import data
 import model_io
+import scoring
 import supervised
 from common import UserError
 
 LABELS = {0: "negative", 1: "positive"}
+NORMALISED_ON = 8192  # candidates that say which scores are 0 and 1
 LABELS_FIT = "classifier"  # what the fit to labels is called, after that to language
 
 
@@ -75,8 +77,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def labelled(rows, args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
-    """Texts and labels, 1 = positive."""
+def labelled(rows, args: argparse.Namespace) -> tuple[list[list[str]], np.ndarray]:
+    """The text of every row, alone in a list, and the labels, 1 = positive."""
     if args.label_column not in rows.column_names:
         columns = ", ".join(rows.column_names)
         raise UserError(f"the data has no column {args.label_column!r}, only {columns}; name it with --label-column")
@@ -97,34 +99,55 @@ def labelled(rows, args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
         )
     if len(kinds) != 2 or positive not in kinds:
         raise UserError(f"two kinds of label are needed, {positive!r} and another; the data has {', '.join(kinds)}")
-    return texts, np.array([value == positive for value in values], dtype=np.float32)
+    return [[text] for text in texts], np.array([value == positive for value in values], dtype=int)
 
 
 def measure(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """How well log-odds [N] predict labels [N]; the calibration error compares ten bins of equal width."""
+    """How well log-odds [N] predict labels [N]."""
     probability, said = 1 / (1 + np.exp(-scores)), scores > 0
-    bins = np.minimum((probability * 10).astype(int), 9)
-    gaps = [(bins == b).mean() * abs(probability[bins == b].mean() - labels[bins == b].mean()) for b in set(bins)]
     return {
         "accuracy": sk.accuracy_score(labels, said),
         "f1": sk.f1_score(labels, said),
         "roc_auc": sk.roc_auc_score(labels, scores) if 0 < labels.mean() < 1 else None,  # it compares two kinds
         "brier": sk.brier_score_loss(labels, probability),
-        "calibration_error": float(sum(gaps)),
+        "calibration_error": calibration_error(probability, labels),
         "rows": len(labels),
     }
 
 
-def load_model(args: argparse.Namespace, texts: list[str]):
-    """The classifier before training, and its tokenizer."""
-    labels = {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
+def measure_comparisons(scores: np.ndarray, best: np.ndarray) -> dict[str, float]:
+    """How well scores [N, candidates] tell which candidate is best [N]; by chance, accuracy is 1 / candidates."""
+    rows = np.arange(len(best))
+    others = np.delete(scores, best + rows * scores.shape[1]).reshape(len(best), -1)
+    ahead = scores[rows, best][:, None] - others
+    wins = 1 / (1 + np.exp(-np.abs(ahead)))  # the probability that a pair goes as the scores say
+    return {
+        "accuracy": float((scores.argmax(1) == best).mean()),
+        "pairwise_accuracy": float((ahead > 0).mean()),
+        "log_loss": float(supervised.choice_log_loss(scores, best).mean()),
+        "calibration_error": calibration_error(wins.ravel(), (ahead > 0).ravel()),
+        "rows": len(best),
+    }
+
+
+def calibration_error(probability: np.ndarray, truth: np.ndarray) -> float:
+    """The mean distance of what is said from what is true, over ten bins of equal width."""
+    bins = np.minimum((probability * 10).astype(int), 9)
+    gaps = [(bins == b).mean() * abs(probability[bins == b].mean() - truth[bins == b].mean()) for b in set(bins)]
+    return float(sum(gaps))
+
+
+def load_model(args: argparse.Namespace, texts: list[str], compares: bool):
+    """The reward model before training, and its tokenizer."""
+    labels = {0: "score"} if compares else LABELS
+    outputs = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     if args.model != "scratch":
         return model_io.load_pretrained(
-            AutoModelForSequenceClassification, args.model, "--model", num_labels=2, **labels
+            AutoModelForSequenceClassification, args.model, "--model", num_labels=len(labels), **outputs
         )
     tokenizer = model_io.scratch_tokenizer(texts)
     config = model_io.scratch_config(tokenizer)
-    config.update({"num_labels": 2, **labels})
+    config.update({"num_labels": len(labels), **outputs})
     return GPT2ForSequenceClassification(config), tokenizer
 
 
@@ -156,17 +179,22 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
 
     # data
     loaded = data.load_splits(args.data, args.data_config, args.data_revision)
-    splits = {name: labelled(rows, args) for name, rows in loaded.items()}
-    texts, labels = splits["train"]
+    splits = {name: data.comparisons(rows) or labelled(rows, args) for name, rows in loaded.items()}
+    candidates, chosen = splits["train"]
     if "valid" in splits:
-        train, valid = np.arange(len(texts)), splits["valid"]
+        train, valid = np.arange(len(candidates)), splits["valid"]
     else:
-        train, held_out = data.split_off(len(texts), 0.1, args.seed)
-        valid = [texts[i] for i in held_out], labels[held_out]
-    texts, labels = [texts[i] for i in train], torch.tensor(labels[train], device=device)
+        train, held_out = data.split_off(len(candidates), 0.1, args.seed)
+        valid = [candidates[i] for i in held_out], chosen[held_out]
+    candidates, chosen = [candidates[i] for i in train], torch.tensor(chosen[train], device=device)
+    width = {name: len(rows[0]) for name, (rows, _) in (splits | {"train": (candidates, chosen)}).items()}
+    if len(set(width.values())) > 1:
+        raise UserError(f"the splits are not of one kind: candidates in a row are {width}")
+    compares = width["train"] > 1
 
     # model
-    model, tokenizer = load_model(args, texts)
+    texts = [text for row in candidates for text in row]
+    model, tokenizer = load_model(args, texts, compares)
     model.to(device)
     longest = min(args.max_length, model_io.longest(model, tokenizer))
     ids = supervised.encode(tokenizer, texts, longest)
@@ -179,32 +207,29 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
         "saved": saved,
     }
 
-    # language modelling first, on the classifier's own body
+    # language modelling first, on the reward model's own body
     lm_epochs = args.lm_epochs if args.lm_epochs is not None else 3 * scratch
     if lm_epochs and not (saved and saved["label"] == LABELS_FIT):
-        valid_ids = supervised.encode(tokenizer, valid[0], longest)
+        valid_ids = supervised.encode(tokenizer, [text for row in valid[0] for text in row], longest)
         learn_language(model, ids, valid_ids, tokenizer.pad_token_id, epochs=lm_epochs, lr=args.lm_lr, **shared)
 
-    # labels
-    chance = args.label_smoothing / 2
-    least = float(torch.special.entr(torch.tensor([chance, 1 - chance])).sum())  # a smoothed label's own entropy
+    # labels or comparisons
+    rows = [ids[start : start + width["train"]] for start in range(0, len(ids), width["train"])]
 
     def loss(batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, mask = supervised.pad([ids[i] for i in batch], tokenizer.pad_token_id, device)
-        logits = model(input_ids=inputs, attention_mask=mask).logits.float()
-        smoothed = cross_entropy(logits, labels[batch].long(), reduction="none", label_smoothing=args.label_smoothing)
-        return smoothed - least, torch.ones_like(smoothed)  # 0 for a text that is learned, whatever the smoothing
+        of_batch = [rows[i] for i in batch]
+        return supervised.choice_loss(model, of_batch, chosen[batch], tokenizer.pad_token_id, args.label_smoothing)
 
-    def validate() -> dict[str, float]:
-        scores = model_io.log_odds(model, tokenizer, valid[0], device)
-        log_loss = float(np.logaddexp(0, np.where(valid[1] == 1, -scores, scores)).mean())
-        return {"loss": log_loss, "error": float(np.mean((scores > 0) != valid[1]))}
+    def scores(split: list[list[str]]) -> np.ndarray:
+        """[N, candidates]"""
+        flat = [text for row in split for text in row]
+        return scoring.log_odds(model, tokenizer, flat, device).reshape(len(split), -1)
 
     history = supervised.fit(
         model,
-        [len(row) for row in ids],
+        [sum(map(len, row)) for row in rows],
         loss,
-        validate,
+        lambda: supervised.choice_errors(scores(valid[0]), valid[1]),
         epochs=args.epochs,
         lr=args.lr,
         decay=0.3,
@@ -213,16 +238,20 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
         revisit=args.revisit if args.revisit is not None else (0.1 if scratch else 1.0),
         **shared,
     )
+    if compares:
+        scoring.normalise(model, tokenizer, texts[:NORMALISED_ON])
 
     # report
     report = {"valid": valid} | {name: split for name, split in splits.items() if name not in ("train", "valid")}
     found = {
-        name: measure(model_io.log_odds(model, tokenizer, split[0], device), split[1]) for name, split in report.items()
+        name: measure_comparisons(scores(split), best) if compares else measure(scores(split)[:, 0], best)
+        for name, (split, best) in report.items()
     }
     table = pd.DataFrame(found).T
     print(table.to_string(float_format="%.4f"))
     record = {"results": found, "history": history, "settings": vars(args)} | common.provenance(device)
-    card = model_io.card("An ethics classifier", "text-classification", args.data, record, table)
+    title = "A model of preferences" if compares else "An ethics classifier"
+    card = model_io.card(title, "text-classification", args.data, record, table)
     model_io.save_folder(args.out, model, tokenizer, card, record)
     copy = common.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
     print(f"model: {args.out}; metrics: {copy}")

@@ -85,7 +85,7 @@ def train(changes: dict, settings: dict, config: dict, seed: int, out: Path) -> 
     queries, _ = data.split_queries(texts, tokenizer, settings["query_length"])
     peer = trainer(
         AutoModelForCausalLM.from_pretrained(settings["policy"]),
-        reward_with_one_output(settings["reward"], config["score_mean"], config["score_std"]),
+        reward_with_one_output(settings["reward"][0], config["score_mean"][0], config["score_std"][0]),
         tokenizer,
         tokenizer(queries, add_special_tokens=False)["input_ids"],  # an end-of-text token would end the query
         batch_size=settings["batch_size"],

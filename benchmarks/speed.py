@@ -35,6 +35,7 @@ import model_io  # noqa: E402
 import optimization  # noqa: E402
 import ppo  # noqa: E402
 import sampler  # noqa: E402
+import scoring  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def our_update(case: Case, epochs: int, policy_folder: Path, reward_folder: Path
     optimizers = optimization.make_optimizers(
         policy, 1e-6, muon=case.layers == 0
     )  # as both loops sample the same lengths
-    reward = model_io.load_reward(str(reward_folder), device)
+    parts = scoring.load([str(reward_folder)], device)
     queries, generator = queries_of(case, tokenizer), torch.Generator(device).manual_seed(0)
     taken, last = {}, []
 
@@ -187,7 +188,7 @@ def our_update(case: Case, epochs: int, policy_folder: Path, reward_folder: Path
                 generator=generator,
             )
         texts = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
-        raw, _ = reward(texts)
+        raw = scoring.raw_scores(parts, queries, texts)[:, 0]
         scored = synchronised(device)
         scores, mask = torch.tensor(raw, device=device).float(), rollout.response_mask
         rewards = ppo.token_rewards(scores, ppo.kl_to_come(rollout.exact_kl), mask, 0.2)
@@ -208,7 +209,7 @@ def our_update(case: Case, epochs: int, policy_folder: Path, reward_folder: Path
                 temperature=TEMPERATURE,
                 forward_batch=case.forward_batch,
                 steps_done=1000,
-                generator=generator,
+                generator=torch.Generator().manual_seed(0),
             )
         end = synchronised(device)
         last[:] = [rollout]

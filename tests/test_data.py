@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 import data
 import figures
 import model_io
+import scoring
 import supervised
 import train_cls
 
@@ -81,7 +82,7 @@ def test_log_odds(labels, logits, expected):
     model.register_forward_hook(
         lambda module, args, out: out.__class__(logits=torch.tensor([logits]).expand(len(out.logits), -1))
     )
-    found = model_io.log_odds(model, tokenizer, ["a", "a b c"], torch.device("cpu"))
+    found = scoring.log_odds(model, tokenizer, ["a", "a b c"], torch.device("cpu"))
     assert found == pytest.approx([expected] * 2)
 
 
@@ -91,9 +92,9 @@ def test_a_score_does_not_depend_on_the_other_texts_of_its_batch():
     config = model_io.scratch_config(tokenizer)
     config.update({"num_labels": 2})
     model = GPT2ForSequenceClassification(config).eval()
-    together = model_io.log_odds(model, tokenizer, ["a b c d e f g", "a", "c b"], torch.device("cpu"))
+    together = scoring.log_odds(model, tokenizer, ["a b c d e f g", "a", "c b"], torch.device("cpu"))
     alone = [
-        model_io.log_odds(model, tokenizer, [text], torch.device("cpu"))[0] for text in ("a b c d e f g", "a", "c b")
+        scoring.log_odds(model, tokenizer, [text], torch.device("cpu"))[0] for text in ("a b c d e f g", "a", "c b")
     ]
     assert together == pytest.approx(alone, abs=1e-5)
 

@@ -168,6 +168,11 @@ def test_a_batch_that_cannot_be_shared_is_refused(chain, monkeypatch, script):
     assert said == "error: --batch-size 15 cannot be shared evenly among 2 processes; give a multiple of them"
 
 
+def test_people_are_asked_by_one_process(chain, monkeypatch):
+    monkeypatch.setattr(parallel, "count", lambda: 2)
+    assert "start it without torchrun" in refused("finetuning_nlg", *TINY_RUN, "--reward", "human", cwd=chain[0])
+
+
 # the scripts
 
 

@@ -1,0 +1,203 @@
+"""What judges texts: the parts of a reward, and the gold judge.
+
+A part is a classifier (its log-odds of "positive"), a preference model (its one output), or a function of one's own.
+"""
+
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import model_io
+from common import UserError, autocast
+
+WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(.+)")
+Score = Callable[[list[str], list[str]], np.ndarray]  # queries, and texts that begin with them -> raw scores [B]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A part of the reward, with its weight and its name in log.csv."""
+
+    name: str
+    weight: float
+    score: Score
+    is_model: bool
+
+
+def weight_and_reward(spec: str) -> tuple[float, str]:
+    match = WEIGHTED.fullmatch(spec)
+    weight, what = (float(match[1]), match[2]) if match else (1.0, spec)
+    if not np.isfinite(weight) or weight == 0:
+        raise UserError(f"--reward {spec}: its weight is {weight}; give one that counts")
+    return weight, what
+
+
+def asks_people(specs: list[str]) -> bool:
+    return "human" in [weight_and_reward(spec)[1] for spec in specs]
+
+
+def load(specs: list[str], device: torch.device, people: tuple | None = None) -> list[Reward]:
+    """Every spec is a folder or hub name of a classifier, FILE.py:FUNCTION, or human; WEIGHT* may stand before it.
+
+    people: the model of their answers, which is still to be trained, and its tokenizer.
+    """
+    parts = []
+    for spec in specs:
+        weight, what = weight_and_reward(spec)
+        is_model = ".py:" not in what
+        if is_model:
+            score = of_model(*(people if what == "human" else load_model(what)), device)
+        else:
+            score = of_function(load_function(what, "--reward"))
+        file, _, function = what.rpartition(":")
+        name = Path(what).name if is_model else f"{Path(file).stem}.{function}"
+        if name in [part.name for part in parts]:
+            name += f"_{len(parts) + 1}"
+        parts.append(Reward(name, weight, checked(score, spec), is_model))
+    return parts
+
+
+def load_model(name: str):
+    """A reward model and its tokenizer."""
+    return model_io.load_pretrained(AutoModelForSequenceClassification, name, "--reward")
+
+
+def of_model(model, tokenizer, device: torch.device) -> Score:
+    model.eval().to(device)
+    return lambda queries, texts: log_odds(model, tokenizer, texts, device)
+
+
+def of_function(function: Callable) -> Score:
+    """A function of the texts, or, if it takes two, of the queries and the responses."""
+    needed = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind <= parameter.POSITIONAL_OR_KEYWORD
+    ]
+
+    def score(queries: list[str], texts: list[str]) -> np.ndarray:
+        if len(needed) < 2:
+            return np.asarray(function(texts), dtype=float)
+        responses = [text[len(query) :] for query, text in zip(queries, texts, strict=True)]
+        return np.asarray(function(queries, responses), dtype=float)
+
+    return score
+
+
+def checked(score: Score, spec: str) -> Score:
+    """The same, but what is wrong with it is said in one line."""
+
+    def safe(queries: list[str], texts: list[str]) -> np.ndarray:
+        try:
+            scores = score(queries, texts)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it is the user's own code
+            raise UserError(f"--reward {spec} failed: {error!r}") from error
+        if scores.shape != (len(texts),):
+            raise UserError(f"--reward {spec} gave scores of shape {scores.shape} for {len(texts)} texts")
+        if not np.isfinite(scores).all():
+            bad = np.flatnonzero(~np.isfinite(scores))[0]
+            raise UserError(f"--reward {spec} gave {scores[bad]} for the text {texts[bad]!r}")
+        return scores
+
+    return safe
+
+
+def raw_scores(parts: list[Reward], queries: list[str], texts: list[str]) -> np.ndarray:
+    """[B, parts], as the parts give them."""
+    return np.stack([part.score(queries, texts) for part in parts], 1)
+
+
+def reading(parts: list[Reward], raw: np.ndarray) -> np.ndarray:
+    """What people read of raw scores [B, parts], [B]: the first part's, a model's as the probability of "positive"."""
+    first = raw[:, 0]
+    return 1 / (1 + np.exp(-first)) if parts[0].is_model else first
+
+
+def normalised(raw: np.ndarray, run: dict) -> np.ndarray:
+    """Raw scores [..., parts], each with mean 0 and deviation 1 on the reference's samples, whose numbers a run has."""
+    return (raw - np.array(run["score_mean"])) / np.array(run["score_std"])
+
+
+def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: int = 128) -> np.ndarray:
+    """The classifier's log-odds of "positive" for every text, or the score of a model with one output.
+
+    The positive class is the one labelled "positive", or the last. The mean and deviation in the configuration of a
+    preference model of ours make its scores those of [1]: 0 and 1 on the samples it was trained on.
+    """
+    names = {str(name).lower(): index for name, index in (model.config.label2id or {}).items()}
+    positive = names.get("positive", model.config.num_labels - 1)
+    length = model_io.longest(model, tokenizer)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    scores = np.empty(len(texts))
+    with torch.no_grad(), autocast(device):
+        for start in range(0, len(texts), batch):
+            rows = order[start : start + batch]
+            encoded = tokenizer(
+                [texts[i] for i in rows], truncation=True, max_length=length, padding=True, return_tensors="pt"
+            )
+            logits = model(**encoded.to(device)).logits.double()
+            if logits.shape[1] > 1:
+                others = [i for i in range(logits.shape[1]) if i != positive]
+                scores[rows] = (logits[:, positive] - logits[:, others].logsumexp(1)).cpu().numpy()
+            else:
+                normal = normal_of(model)
+                scores[rows] = (logits[:, 0].cpu().numpy() - normal["reward_mean"]) / normal["reward_std"]
+    return scores
+
+
+def normalise(model, tokenizer, texts: list[str]) -> None:
+    """Makes the scores of a model with one output 0 on average with deviation 1 on these texts ([1], section 2.1)."""
+    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+    scores = log_odds(model, tokenizer, texts, model.device)
+    model.config.reward_mean, model.config.reward_std = float(scores.mean()), max(float(scores.std()), 1e-6)
+
+
+def normal_of(model) -> dict[str, float]:
+    """What `normalise` set."""
+    return {name: getattr(model.config, name, value) for name, value in (("reward_mean", 0.0), ("reward_std", 1.0))}
+
+
+def with_people(specs: list[str], out: str) -> list[str]:
+    """The specs after training, when the model of people's answers is a folder beside the policy."""
+    return [re.sub(r"(^|\*)human$", rf"\1{out}_reward", spec) for spec in specs]
+
+
+def load_function(spec: str, flag: str) -> Callable:
+    """FILE.py:FUNCTION"""
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"{flag} {spec}: there is no file {file}")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:
+        raise UserError(f"{flag} {spec} cannot be loaded: {error!r}") from error
+
+
+def gold_judge(spec: str, texts: list[str]) -> Callable | None:
+    """The gold judge FILE.py:FUNCTION, or None where it does not know the data (most of these texts are invalid)."""
+    if not Path(spec.rpartition(":")[0]).is_file():
+        return None
+    judge = load_function(spec, "--gold")
+    known = [judge(text).valid for text in texts[:100]]
+    return judge if np.mean(known) > 0.5 else None
+
+
+def gold_shares(judge: Callable | None, texts: list[str]) -> dict[str, float | None]:
+    """The shares of texts that are valid, and of the valid ones that are ethical."""
+    if judge is None:
+        return {"valid": None, "ethical": None}
+    verdicts = [judge(text) for text in texts]
+    labels = [verdict.label for verdict in verdicts if verdict.valid]
+    return {"valid": len(labels) / len(texts), "ethical": float(np.mean(labels)) if labels else None}
