@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -35,6 +37,15 @@ def test_the_long_run():
         f"{found['fraction_of_optimum']:.1%} ({low:.0%} to {high:.0%}) of the optimum at {found['kl']:.2f} nats"
     )
     assert said in re.sub(r"\s+", " ", README)
+
+
+def test_the_trials_with_smoothed_labels():
+    trials = pd.read_csv(ROOT / "data_results" / "trials.csv")
+    found = trials[trials.classifier.str.contains("12 epochs, smoothing 0.05") & (trials.episodes == 53760)]
+    assert len(found) == 3
+    share, gold = found.fraction_of_optimum_held_out, found.gold_ethical_held_out
+    text = re.sub(r"\s+", " ", README)
+    assert f"at {share.min():.1%} to {share.max():.1%} of the optimum and {gold.min():.1%} to {gold.max():.1%}" in text
 
 
 def test_the_models():
