@@ -212,7 +212,6 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
     batches = endless(parts.queries, args.batch_size, args.seed)
     chosen = list(itertools.islice(itertools.chain.from_iterable(batches), args.reference_samples))
     asks = [1 + updates * i // args.label_rounds for i in range(args.label_rounds)] if parts.people else []
-
     ask = feedback.asker(args, device) if asks else None
 
     # the policy before: its texts' scores normalise the score, and the improvement counts from their ethics
