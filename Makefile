@@ -8,7 +8,8 @@ RUN = K1_lr_1e-3_seed0
 
 all: .venv/installed
 	$(BIN)/python train_nlg.py --resume
-	$(BIN)/python train_cls.py --model models/nlg --optimizer muon --revisit 0.1 --resume
+	$(BIN)/python train_cls.py --model models/nlg --optimizer muon --revisit 0.1 \
+		--label-smoothing 0.05 --epochs 12 --resume
 	$(BIN)/python finetuning_nlg.py --resume
 	$(BIN)/python evaluate_nlg.py --run data_results/$(RUN)
 	$(BIN)/jupyter nbconvert --log-level WARN --execute --to html --output-dir data_results Analysis.ipynb
