@@ -25,6 +25,7 @@ import huggingface_hub
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
 import parallel
 
@@ -176,6 +177,19 @@ def keep_memory() -> None:
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """bfloat16 matrix products on CUDA; float32 on the CPU, where bfloat16 is slower."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def progress(label: str, unit: str, done: int, total: int) -> tqdm:
+    """The numbers of the steps after `done`, with a progress bar in the first process."""
+    return tqdm(
+        range(done + 1, total + 1),
+        desc=label,
+        unit=unit,
+        initial=done,
+        total=total,
+        dynamic_ncols=True,
+        disable=parallel.rank() > 0,
+    )
 
 
 # files

@@ -1,8 +1,10 @@
 """Texts and queries: from a folder of this form, a file, or a dataset of the hub."""
 
 import argparse
+import random
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -179,3 +181,13 @@ def encode_queries(tokenizer, queries: list[str], device: torch.device) -> tuple
     padded = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in ids]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
     return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+
+
+def endless(queries: list[str], batch: int, seed: int) -> Iterator[list[str]]:
+    """Batches of queries in a new random order on every pass."""
+    order, waiting = random.Random(seed), []
+    while True:
+        while len(waiting) < batch:
+            waiting += order.sample(queries, len(queries))
+        yield waiting[:batch]
+        del waiting[:batch]

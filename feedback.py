@@ -19,15 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification
 
 import common
-import data
 import model_io
 import scoring
-import supervised
 from common import Stopped, UserError
 
 try:
@@ -37,7 +33,6 @@ except ImportError:  # Windows: a key has to be followed by Enter
     termios = None
 
 SKIP, UNDO, QUIT = "s", "u", "q"
-BATCH = 32  # answers a step of the reward model
 COMMANDS = {SKIP: "skip", UNDO: "undo", QUIT: "save and quit"}
 
 
@@ -273,65 +268,3 @@ def annotator(spec: str, gold: str, noise: float, seed: int, device: torch.devic
         return str(1 + chance.choice([i for i, x in enumerate(numbers) if x == max(numbers)]))
 
     return ask
-
-
-# learning
-
-
-def new_model(policy: str, kind: str):
-    """A reward model to be trained, from the policy's weights as in [1], and its tokenizer."""
-    model, tokenizer = model_io.load_pretrained(
-        AutoModelForSequenceClassification, policy, "--model", num_labels=2 if samples_of(kind) == 1 else 1
-    )
-    with torch.no_grad():
-        model.score.weight.normal_(0, (model.score.in_features + 1) ** -0.5)
-    return model, tokenizer
-
-
-def learn(model, tokenizer, rows: list[dict], *, epochs: int, lr: float, muon: bool, seed: int) -> dict:
-    """Trains the reward model on answers from where it is; returns how it did on a tenth that it did not see."""
-    device = model.device
-    texts = [[query + sample for sample in samples] for query, samples in map(question_of, rows)]
-    chosen = torch.tensor([answer_of(row) for row in rows], device=device)
-    train, held_out = data.split_off(len(rows), 0.1, seed)
-    if not len(train):
-        raise UserError("one answer is too few to learn from; give more --labels")
-    longest = model_io.longest(model, tokenizer)
-    ids = [supervised.encode(tokenizer, row, longest) for row in texts]
-
-    def scores(numbers) -> np.ndarray:
-        flat = [text for i in numbers for text in texts[i]]
-        return scoring.log_odds(model, tokenizer, flat, device).reshape(len(numbers), -1)
-
-    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
-    history = supervised.fit(
-        model,
-        [sum(map(len, ids[i])) for i in train],
-        lambda part: supervised.choice_loss(
-            model, [ids[train[i]] for i in part], chosen[train[part]], tokenizer.pad_token_id
-        ),
-        lambda: supervised.choice_errors(scores(held_out), chosen[held_out].cpu().numpy()),
-        epochs=epochs,
-        batch_size=BATCH,
-        lr=lr,
-        muon=muon,
-        device=device,
-        seed=seed,
-        decay=0.3,
-        label="reward model",
-        keep=lambda *_: None,
-        saved=None,
-    )
-    best = min(history, key=lambda row: row["loss"])
-    return {"labels": len(rows), "held_out_loss": best["loss"], "held_out_error": best["error"]}
-
-
-def opinion(model, tokenizer) -> Callable[[Question], str]:
-    """The key that the reward model would press."""
-
-    def key(question: Question) -> str:
-        texts = [question.query + sample for sample in question.samples]
-        scores = scoring.log_odds(model, tokenizer, texts, model.device)
-        return ("g" if scores[0] > 0 else "b") if len(texts) == 1 else str(1 + scores.argmax())
-
-    return key

@@ -14,8 +14,6 @@ import argparse
 import copy
 import itertools
 import math
-import random
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import checkpoint
@@ -35,12 +32,13 @@ import figures
 import model_io
 import optimization
 import parallel
+import people
 import ppo
 import run_folder
 import scoring
-from common import COUNT, FRACTION, POSITIVE, SAMPLE_COUNT, TOLERATED, UserError, number
+from common import COUNT, FRACTION, POSITIVE, SAMPLE_COUNT, UserError, number
+from run_folder import MOVING_AVERAGE
 
-MOVING_AVERAGE = 10  # updates that the moving average of the improvement looks back
 SAMPLE_EVERY = 10  # updates between the rows of samples.csv
 SHOWN = 4  # texts before and after, at the end
 
@@ -59,61 +57,10 @@ def parse_args() -> argparse.Namespace:
     )
     models.add_argument("--out", default="models/nlg_ppo", help="folder to write")
     models.add_argument("--separate-value", action="store_true", help="a value network of its own instead of a head")
-    rollout = parser.add_argument_group("rollout")
-    common.add_sampling_flags(rollout)
-    rollout.add_argument("--stop", help="a token that ends a response (default: the tokenizer's end of text)")
-    rollout.add_argument("--stop-after", type=number(int, 0), default=0, help="tokens before --stop counts")
-    rollout.add_argument(
-        "--missing-stop-score", type=number(float), default=-1.0, help="score of a response without it"
-    )
-    rollout.add_argument(
-        "--reference-samples", type=SAMPLE_COUNT, default=4096, help="samples that normalise the score"
-    )
-    reward = parser.add_argument_group("reward")
-    reward.add_argument("--kl-coef", type=number(float, 0), default=0.2, help="price of a nat of KL, first or fixed")
-    reward.add_argument(
-        "--kl",
-        choices=("exact", "sampled"),
-        default="exact",
-        help="KL over the vocabulary, or of the sampled token as in [3]",
-    )
-    reward.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
-    reward.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
-    people = parser.add_argument_group("feedback from people (--reward human)")
-    people.add_argument(
-        "--feedback", type=feedback.kind, default="good-bad", metavar="KIND", help="good-bad, or best-of-N, N up to 9"
-    )
-    people.add_argument("--labels", type=SAMPLE_COUNT, default=250, help="answers in all")
-    people.add_argument(
-        "--label-rounds", type=COUNT, default=1, help="times that people are asked, of the policy as it then is"
-    )
-    people.add_argument("--feedback-file", default="data_cls/feedback.jsonl", help="where every answer is kept")
-    people.add_argument(
-        "--annotator", help="who answers in a person's place: gold, classifier:FOLDER, or FILE.py:FUNCTION"
-    )
-    people.add_argument("--annotator-noise", type=FRACTION, default=0.0, help="how often that one answers at random")
-    people.add_argument("--reward-epochs", type=COUNT, default=8, help="passes over the answers in every round")
-    people.add_argument("--reward-lr", type=POSITIVE, default=1e-3, help="peak learning rate of these")
-    learning = parser.add_argument_group("PPO")
-    learning.add_argument("--episodes", type=COUNT, default=30_720, help="responses in all")
-    learning.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
-    learning.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
-    learning.add_argument("--ppo-epochs", type=COUNT, default=1, help="K, passes over a batch")
-    learning.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate, falling to 0")
-    learning.add_argument(
-        "--optimizer",
-        choices=("muon", "adam"),
-        default="muon",
-        help="muon learns a small model faster; adam, at a third of the learning rate or less, is [3]'s",
-    )
-    learning.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
-    learning.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
-    learning.add_argument("--value-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
-    learning.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
-    learning.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
-    learning.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
-    learning.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; saves memory")
-    learning.add_argument("--kl-limit", type=POSITIVE, default=20.0, help="warn of a KL above, in nats a response")
+    add_rollout_flags(parser.add_argument_group("rollout"))
+    add_reward_flags(parser.add_argument_group("reward"))
+    people.add_flags(parser.add_argument_group("feedback from people (--reward human)"))
+    add_ppo_flags(parser.add_argument_group("PPO"))
     output = parser.add_argument_group("output")
     output.add_argument("--run", help="name of the run folder (default: K<K>_lr_<lr>_seed<seed>)")
     output.add_argument("--results", default="data_results", help="where run folders are")
@@ -133,14 +80,50 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def endless(queries: list[str], batch: int, seed: int):
-    """Batches of queries in a new random order on every pass."""
-    order, waiting = random.Random(seed), []
-    while True:
-        while len(waiting) < batch:
-            waiting += order.sample(queries, len(queries))
-        yield waiting[:batch]
-        del waiting[:batch]
+def add_rollout_flags(rollout: argparse._ArgumentGroup) -> None:
+    common.add_sampling_flags(rollout)
+    rollout.add_argument("--stop", help="a token that ends a response (default: the tokenizer's end of text)")
+    rollout.add_argument("--stop-after", type=number(int, 0), default=0, help="tokens before --stop counts")
+    rollout.add_argument(
+        "--missing-stop-score", type=number(float), default=-1.0, help="score of a response without it"
+    )
+    rollout.add_argument(
+        "--reference-samples", type=SAMPLE_COUNT, default=4096, help="samples that normalise the score"
+    )
+
+
+def add_reward_flags(reward: argparse._ArgumentGroup) -> None:
+    reward.add_argument("--kl-coef", type=number(float, 0), default=0.2, help="price of a nat of KL, first or fixed")
+    reward.add_argument(
+        "--kl",
+        choices=("exact", "sampled"),
+        default="exact",
+        help="KL over the vocabulary, or of the sampled token as in [3]",
+    )
+    reward.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
+    reward.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
+
+
+def add_ppo_flags(learning: argparse._ArgumentGroup) -> None:
+    learning.add_argument("--episodes", type=COUNT, default=56_320, help="responses in all")
+    learning.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
+    learning.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
+    learning.add_argument("--ppo-epochs", type=COUNT, default=1, help="K, passes over a batch")
+    learning.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate, falling to 0")
+    learning.add_argument(
+        "--optimizer",
+        choices=("muon", "adam"),
+        default="muon",
+        help="muon learns a small model faster; adam, at a third of the learning rate or less, is [3]'s",
+    )
+    learning.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
+    learning.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
+    learning.add_argument("--value-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
+    learning.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
+    learning.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
+    learning.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
+    learning.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; saves memory")
+    learning.add_argument("--kl-limit", type=POSITIVE, default=20.0, help="warn of a KL above, in nats a response")
 
 
 def main() -> None:
@@ -173,16 +156,16 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
     model_io.check_length(reference, tokenizer, tokens, "--query-length and --response-length")
     reference.to(device).requires_grad_(False)
     policy = ppo.PolicyWithValue(copy.deepcopy(reference).requires_grad_(True), args.separate_value).to(device).eval()
-    people = feedback.new_model(args.policy, args.feedback) if scoring.asks_people(args.reward) else None
-    if people and parallel.count() > 1:
+    of_people = people.new_model(args.policy, args.feedback) if scoring.asks_people(args.reward) else None
+    if of_people and parallel.count() > 1:
         raise UserError("--reward human asks one person, in one process; start it without torchrun")
     queries, _ = data.split_queries(texts, tokenizer, args.query_length)
     return Parts(
         reference=reference,
         policy=policy,
         tokenizer=tokenizer,
-        reward=scoring.load(args.reward, device, people),
-        people=people,
+        reward=scoring.load(args.reward, device, of_people),
+        people=of_people,
         judge=scoring.gold_judge(args.gold, texts),  # it is logged, and nothing learns from it
         queries=queries,
         optimizers=optimization.make_optimizers(policy, args.lr, muon=args.optimizer == "muon"),
@@ -208,78 +191,42 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
 
 def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
     parts, folder, updates = load_parts(args, device), Path(args.results) / args.run, args.episodes // args.batch_size
-    policy, reference, tokenizer, sampling = parts.policy, parts.reference, parts.tokenizer, parts.sampling
-    batches = endless(parts.queries, args.batch_size, args.seed)
+    batches = data.endless(parts.queries, args.batch_size, args.seed)
     chosen = list(itertools.islice(itertools.chain.from_iterable(batches), args.reference_samples))
     asks = [1 + updates * i // args.label_rounds for i in range(args.label_rounds)] if parts.people else []
     ask = feedback.asker(args, device) if asks else None
-
-    # the policy before: its texts' scores normalise the score, and the improvement counts from their ethics
-    mine = parallel.share(chosen)
-    texts_before = model_io.continuations(reference, tokenizer, mine, **sampling) if parts.people or not saved else []
-    if saved:
-        run = restore(saved, parts, folder)
-        for _ in range(run["update"]):
-            next(batches)
-    else:
-        run = {"update": 0, "kl_coef": args.kl_coef, "texts_before": texts_before[:SHOWN]}
-        run.update(improvements=[], kls=[], not_finite=0, warned=False, labels=0)
-        if asks:
-            run_folder.start(folder)
-        else:
-            run.update(normalisation(parts.reward, mine, texts_before))
-            run_folder.start(folder)  # not before: a reward that fails leaves the run before as it was
-            write_config(args, run, folder, device)
+    run, normalise = begin(args, parts, folder, chosen, saved, device)
+    for _ in range(run["update"]):
+        next(batches)
     writer = run_folder.tensorboard(folder, run["update"]) if args.tensorboard else None
-
-    bar = tqdm(
-        range(run["update"] + 1, updates + 1),
-        desc=args.run,
-        unit="update",
-        initial=run["update"],
-        total=updates,
-        dynamic_ncols=True,
-        disable=parallel.rank() > 0,
-    )
+    bar = common.progress(args.run, "update", run["update"], updates)
     for update in bar:
         if update in asks:
             keep(update - 1, lambda: state(run, parts, folder), now=True)  # people may take their time
             run["labels"] = args.labels * (asks.index(update) + 1) // args.label_rounds
             learn_from_people(args, parts, ask, run, folder)
-            if args.feedback != "good-bad":  # the reward model's own scores become 0 on the reference, as in [1]
-                scoring.normalise(*parts.people, texts_before)
-            run.update(normalisation(parts.reward, mine, texts_before))
-            write_config(args, run, folder, device)
+            normalise()
         clock = [time.perf_counter()]
-        lr, kl_coef = set_lr(parts.optimizers, args.lr * (1 - (update - 1) / updates)), run["kl_coef"]
+        lr, kl_coef = optimization.set_lr(parts.optimizers, args.lr * (1 - (update - 1) / updates)), run["kl_coef"]
 
         asked = parallel.share(next(batches))
-        query_ids, query_mask = data.encode_queries(tokenizer, asked, device)
-        with common.autocast(device):
-            rollout = ppo.collect(
-                policy, reference, query_ids, query_mask, forward_batch=args.forward_batch, **sampling
-            )
+        rollout = roll_out(args, parts, asked, device)
         clock.append(time.perf_counter())
 
-        texts = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
-        raw = scoring.raw_scores(parts.reward, asked, texts)
-        ethics, of_parts = scoring.reading(parts.reward, raw), scoring.normalised(raw, run)
-        scores = torch.tensor(of_parts @ [part.weight for part in parts.reward], device=device).float()
-        scores = scores.where(rollout.terminated, args.missing_stop_score)
+        texts, scores, ethics, of_parts = score(args, parts, run, asked, rollout)
         clock.append(time.perf_counter())
 
         mask = rollout.response_mask
         rewards, scale = rewards_of(rollout, scores, kl_coef, args)
         advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, args.discount, args.gae_lambda)
-        exact_kl_weight = kl_coef / scale / ppo.masked_std(advantages, mask).item() if args.kl == "exact" else 0.0
         with common.autocast(device):
             statistics = ppo.update(
-                policy,
+                parts.policy,
                 parts.optimizers,
                 rollout,
                 ppo.whiten(advantages, mask),
                 returns,
-                kl_weight=exact_kl_weight,
+                kl_weight=kl_coef / scale / ppo.masked_std(advantages, mask).item() if args.kl == "exact" else 0.0,
                 steps_done=(update - 1) * args.ppo_epochs * args.minibatches,
                 **parts.learning,
             )
@@ -289,63 +236,82 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
         run["improvements"] = [*run["improvements"], measured["ethics"] - run["ethics_before"]][-MOVING_AVERAGE:]
         row = {"update": update, "episodes": update * args.batch_size, "lr": lr, "kl_coef": kl_coef}
         row |= {"improvement": run["improvements"][-1], "improvement_ma": float(np.mean(run["improvements"]))}
-        row |= measured | statistics
-        gold = scoring.gold_shares(parts.judge, parallel.gather(texts))
-        row |= {f"gold_{name}": share for name, share in gold.items()}
+        row |= measured | statistics | run_folder.gold(parts.judge, texts)
         row |= run_folder.by_part(parts.reward, of_parts) | ({"labels": run["labels"]} if parts.people else {})
         row |= run_folder.timings(clock, args.batch_size)
         run_folder.log(row, folder, writer, bar)
         if update % SAMPLE_EVERY in (0, 1) or update == updates:
-            rows = run_folder.samples(update, texts, rollout, scores, ethics, tokenizer)
+            rows = run_folder.samples(update, texts, rollout, scores, ethics, parts.tokenizer)
             run_folder.append(folder / "samples.csv", rows)
         if args.target_kl and math.isfinite(row["kl"]):
             run["kl_coef"] = ppo.next_kl_coef(kl_coef, row["kl"], args.target_kl, args.kl_horizon, args.batch_size)
         run.update(update=update, row=row)
-        guard(run, rollout, args, bar)
+        run_folder.guard(run, rollout, args, bar)
         keep(update, lambda: state(run, parts, folder))
-
-    # the result
     if writer:
         writer.close()
-    save_policy(args, policy.model, tokenizer, sampling["stop_id"], run, device)
-    if parts.people:
-        save_reward_model(args, *parts.people, run, device)
-    show_pairs(run["texts_before"], model_io.continuations(policy.model, tokenizer, chosen[:SHOWN], **sampling), chosen)
-    figure = figures.save_improvement(Path(args.results), args.ppo_epochs, args.lr)
-    print(f"policy: {args.out}; run: {folder}" + (f"; figure: {figure}" if figure else ""))
+    finish(args, parts, run, chosen[:SHOWN], device)
+
+
+def begin(
+    args: argparse.Namespace, parts: Parts, folder: Path, chosen: list[str], saved: dict | None, device: torch.device
+) -> tuple[dict, Callable[[], None]]:
+    """The state of the run, new or as it was saved, and a function that normalises its reward.
+
+    The scores of the reference's texts to the chosen queries become 0 on average with deviation 1, and the improvement
+    counts from their ethics. People's reward is normalised when it has learned.
+    """
+    mine = parallel.share(chosen)
+    again = parts.people or not saved
+    texts = model_io.continuations(parts.reference, parts.tokenizer, mine, **parts.sampling) if again else []
+    run = restore(saved, parts, folder) if saved else {"update": 0, "kl_coef": args.kl_coef, "labels": 0}
+
+    def normalise() -> None:
+        if parts.people and args.feedback != "good-bad":  # on the reference its own scores become 0 too, as in [1]
+            scoring.normalise(*parts.people, texts)
+        run.update(normalisation(parts.reward, mine, texts))
+        if not parts.people:  # not before: a reward that fails leaves the run before as it was
+            run_folder.start(folder)
+        write_config(args, run, folder, device)
+
+    if not saved:
+        run |= {"texts_before": texts[:SHOWN], "improvements": [], "kls": [], "not_finite": 0, "warned": False}
+        run_folder.start(folder) if parts.people else normalise()
+    return run, normalise
 
 
 def learn_from_people(args: argparse.Namespace, parts: Parts, ask: feedback.Ask, run: dict, folder: Path) -> None:
-    """Asks about the policy's texts until there are as many answers as `run` wants, and trains the reward model."""
-    model, tokenizer = parts.people
-    samples, done = feedback.samples_of(args.feedback), run["update"]
-    sampling = parts.sampling | {"seed": args.seed + done}
-    rows = feedback.gather(
-        feedback.questions(parts.policy.model, parts.tokenizer, parts.queries, samples, **sampling),
-        Path(args.feedback_file),
-        run["labels"],
-        samples,
-        ask,
-        about={"policy": f"{args.out} after {done} updates" if done else args.policy, "annotator": args.annotator},
-        opinion=feedback.opinion(model, tokenizer) if done else None,
-    )
-    found = feedback.learn(
-        model,
-        tokenizer,
-        rows[: run["labels"]],
-        epochs=args.reward_epochs,
-        lr=args.reward_lr,
-        muon=args.optimizer == "muon",
-        seed=args.seed,
-    )
-    run_folder.append(folder / "reward_model.csv", [{"update": done} | found])
+    """A round of questions about the policy as it is; the reward model learns from all the answers."""
+    writer = parts.policy.model, parts.tokenizer, parts.queries
+    done, wanted = run["update"], run["labels"]
+    found = people.ask_and_learn(args, parts.people, ask, *writer, parts.sampling, wanted=wanted, done=done)
+    run_folder.append(folder / run_folder.REWARD_MODEL, [found])
 
 
-def save_reward_model(args: argparse.Namespace, model, tokenizer, run: dict, device: torch.device) -> None:
-    table = pd.read_csv(Path(args.results) / args.run / "reward_model.csv").set_index("labels")
-    record = {"settings": vars(args)} | common.provenance(device)
-    card = model_io.card("What people's answers taught", "text-classification", args.feedback_file, record, table)
-    model_io.save_folder(f"{args.out}_reward", model, tokenizer, card)
+def roll_out(args: argparse.Namespace, parts: Parts, asked: list[str], device: torch.device) -> ppo.Rollout:
+    """The policy's responses to B queries."""
+    query_ids, query_mask = data.encode_queries(parts.tokenizer, asked, device)
+    with common.autocast(device):
+        return ppo.collect(
+            parts.policy, parts.reference, query_ids, query_mask, forward_batch=args.forward_batch, **parts.sampling
+        )
+
+
+def score(
+    args: argparse.Namespace, parts: Parts, run: dict, asked: list[str], rollout: ppo.Rollout
+) -> tuple[list[str], torch.Tensor, np.ndarray, np.ndarray]:
+    """Of B responses: the whole texts, scores [B], ethics [B], and the scores of the parts of the reward [B, parts].
+
+    A response without the stop token has a fixed score.
+    """
+    texts = model_io.whole_texts(
+        parts.tokenizer, rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
+    )
+    raw = scoring.raw_scores(parts.reward, asked, texts)
+    of_parts = scoring.normalised(raw, run)
+    scores = torch.tensor(of_parts @ [part.weight for part in parts.reward], device=rollout.terminated.device).float()
+    scores = scores.where(rollout.terminated, args.missing_stop_score)
+    return texts, scores, scoring.reading(parts.reward, raw), of_parts
 
 
 def write_config(args: argparse.Namespace, run: dict, folder: Path, device: torch.device) -> None:
@@ -366,15 +332,11 @@ def normalisation(reward: list[scoring.Reward], queries: list[str], texts: list[
 
 def state(run: dict, parts: Parts, folder: Path) -> dict:
     """What a checkpoint holds."""
-    people = (
-        {"weights": parts.people[0].state_dict(), "config": scoring.normal_of(parts.people[0])}
-        if parts.people
-        else None
-    )
+    model = parts.people[0] if parts.people else None
     return {
         "run": run,
         "policy": parts.policy.state_dict(),
-        "people": people,
+        "people": model and {"weights": model.state_dict(), "config": scoring.normal_of(model)},
         "optimizers": [optimizer.state_dict() for optimizer in parts.optimizers],
         "random": checkpoint.random_states(parts.sampling["generator"], parts.learning["generator"]),
         "sizes": run_folder.sizes(folder),
@@ -394,35 +356,6 @@ def restore(saved: dict, parts: Parts, folder: Path) -> dict:
     return saved["run"]
 
 
-def guard(run: dict, rollout: ppo.Rollout, args: argparse.Namespace, bar: tqdm) -> None:
-    """Stops a run whose numbers stay not finite, and warns, once, of a KL that cannot be or that is far too large."""
-    row, update = run["row"], run["update"]
-    run["not_finite"] = run["not_finite"] + 1 if row["skipped"] == args.ppo_epochs * args.minibatches else 0
-    if run["not_finite"] == TOLERATED:
-        what = f"{rollout.not_finite} of the rollout" if rollout.not_finite else "gradient of the loss"
-        raise UserError(
-            f"update {update}: the {what} is not finite, {TOLERATED} updates in a row; lower --lr. The policy of the "
-            f"last finite update is in {args.out}.checkpoint"
-        )
-    run["kls"] = [*run["kls"], row["kl"]][-MOVING_AVERAGE:]
-    warning = None
-    if row["kl"] > args.kl_limit:
-        warning = (
-            f"the KL is {row['kl']:.1f} nats, above --kl-limit: the texts may be broken; raise --kl-coef or lower --lr"
-        )
-    elif len(run["kls"]) == MOVING_AVERAGE and np.mean(run["kls"]) < -0.1:
-        warning = "the KL stays negative, which that of samples cannot: they are not the policy's own"
-    if warning and not run["warned"] and parallel.rank() == 0:
-        bar.write(f"warning: update {update}: {warning}", file=sys.stderr)
-        run["warned"] = True
-
-
-def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> float:
-    for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-        group["lr"] = lr
-    return lr
-
-
 def rewards_of(
     rollout: ppo.Rollout, scores: torch.Tensor, kl_coef: float, args: argparse.Namespace
 ) -> tuple[torch.Tensor, float]:
@@ -435,21 +368,28 @@ def rewards_of(
     return ppo.whiten(rewards, mask, shift_mean=False), ppo.masked_std(rewards, mask).item()
 
 
-def save_policy(args, model, tokenizer, stop_id: int, run: dict, device: torch.device) -> None:
+def finish(args: argparse.Namespace, parts: Parts, run: dict, queries: list[str], device: torch.device) -> None:
+    """Saves what was trained, and shows what it does with some queries."""
+    save_policy(args, parts, run, device)
+    if parts.people:
+        people.save(args, *parts.people, device)
+    after = model_io.continuations(parts.policy.model, parts.tokenizer, queries, **parts.sampling)
+    for query, old, new in zip(queries, run["texts_before"], after, strict=False):
+        print(f"\n{query}\n  before: {old.removeprefix(query).strip()}\n  after:  {new.removeprefix(query).strip()}")
+    figure = figures.save_improvement(Path(args.results), args.ppo_epochs, args.lr)
+    print(f"\npolicy: {args.out}; run: {Path(args.results) / args.run}" + (f"; figure: {figure}" if figure else ""))
+
+
+def save_policy(args: argparse.Namespace, parts: Parts, run: dict, device: torch.device) -> None:
     """The policy with its model card, whose results are those of the last update."""
     after = {name: run["row"][name] for name in ("ethics", "improvement_ma", "score", "kl", "entropy", "terminated")}
     before = {"ethics": run["ethics_before"], "score": 0.0, "kl": 0.0}
     table = pd.DataFrame({"before": before, "after": after}).loc[list(after)]
     record = {"settings": vars(args)} | common.provenance(device)
     card = model_io.card("A generator fine-tuned with PPO", "text-generation", args.data, record, table)
-    model.generation_config = model_io.plain_sampling(tokenizer, args.temperature, args.response_length, stop_id)
-    model_io.save_folder(args.out, model, tokenizer, card)
-
-
-def show_pairs(before: list[str], after: list[str], queries: list[str]) -> None:
-    for query, old, new in zip(queries, before, after, strict=False):
-        print(f"\n{query}\n  before: {old.removeprefix(query).strip()}\n  after:  {new.removeprefix(query).strip()}")
-    print()
+    model, stop_id = parts.policy.model, parts.sampling["stop_id"]
+    model.generation_config = model_io.plain_sampling(parts.tokenizer, args.temperature, args.response_length, stop_id)
+    model_io.save_folder(args.out, model, parts.tokenizer, card)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ computes in bfloat16, which processors without instructions for it do some thirt
 matrix after another, which keeps a small model waiting. The numbers are the same but for rounding.
 """
 
+import itertools
 import math
 
 import torch
@@ -81,3 +82,9 @@ def optimizer_step(optimizers: list[torch.optim.Optimizer], step: int) -> None:
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> float:
+    for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+        group["lr"] = lr
+    return lr

@@ -1,20 +1,26 @@
-"""What a run of finetuning_nlg.py writes to its folder in data_results/."""
+"""What a run of finetuning_nlg.py writes to its folder in data_results/, and what its numbers warn of."""
 
+import argparse
 import csv
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import common
 import parallel
 import ppo
 import scoring
-from common import UserError
+from common import TOLERATED, UserError
 
+MOVING_AVERAGE = 10  # updates that a moving average looks back
 SAMPLES = 8  # rows of samples.csv at a time
-GROWING = ("log.csv", "samples.csv", "reward_model.csv")  # a checkpoint says how long they were
+REWARD_MODEL = "reward_model.csv"
+GROWING = ("log.csv", "samples.csv", REWARD_MODEL)  # a checkpoint says how long they were
 
 
 @parallel.by_the_first
@@ -103,6 +109,11 @@ def measured(
     }
 
 
+def gold(judge: Callable | None, texts: list[str]) -> dict[str, float | None]:
+    """What the gold judge, if there is one, says of the texts of all processes."""
+    return {f"gold_{name}": share for name, share in scoring.gold_shares(judge, parallel.gather(texts)).items()}
+
+
 def by_part(reward: list[scoring.Reward], scores: np.ndarray) -> dict[str, float]:
     """The mean score of every part of a reward of several, scores [B, parts], before it is weighted."""
     means = np.mean(parallel.gather(scores.tolist()), 0)
@@ -132,3 +143,26 @@ def samples(update, texts, rollout: ppo.Rollout, scores, ethics, tokenizer) -> l
         }
         for i, query in enumerate(queries)
     ]
+
+
+def guard(run: dict, rollout: ppo.Rollout, args: argparse.Namespace, bar: tqdm) -> None:
+    """Stops a run whose numbers stay not finite, and warns, once, of a KL that cannot be or that is far too large."""
+    row, update = run["row"], run["update"]
+    run["not_finite"] = run["not_finite"] + 1 if row["skipped"] == args.ppo_epochs * args.minibatches else 0
+    if run["not_finite"] == TOLERATED:
+        what = f"{rollout.not_finite} of the rollout" if rollout.not_finite else "gradient of the loss"
+        raise UserError(
+            f"update {update}: the {what} is not finite, {TOLERATED} updates in a row; lower --lr. The policy of the "
+            f"last finite update is in {args.out}.checkpoint"
+        )
+    run["kls"] = [*run["kls"], row["kl"]][-MOVING_AVERAGE:]
+    warning = None
+    if row["kl"] > args.kl_limit:
+        warning = (
+            f"the KL is {row['kl']:.1f} nats, above --kl-limit: the texts may be broken; raise --kl-coef or lower --lr"
+        )
+    elif len(run["kls"]) == MOVING_AVERAGE and np.mean(run["kls"]) < -0.1:
+        warning = "the KL stays negative, which that of samples cannot: they are not the policy's own"
+    if warning and not run["warned"] and parallel.rank() == 0:
+        bar.write(f"warning: update {update}: {warning}", file=sys.stderr)
+        run["warned"] = True

@@ -1,20 +1,18 @@
 """The supervised training loop of train_cls.py and train_nlg.py."""
 
 import copy
-import itertools
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 import checkpoint
 import parallel
 from checkpoint import Keep
-from common import TOLERATED, UserError, autocast
-from optimization import Muon, inner_matrices
+from common import TOLERATED, UserError, autocast, progress
+from optimization import Muon, inner_matrices, set_lr
 
 LEARNED = 0.05  # nats: the loss below which a row counts as learned
 
@@ -167,22 +165,13 @@ def fit(
             "random": checkpoint.random_states(),
         }
 
-    bar = tqdm(
-        range(done + 1, steps + 1),
-        desc=label,
-        unit="step",
-        initial=done,
-        total=steps,
-        dynamic_ncols=True,
-        disable=parallel.rank() > 0,
-    )
+    bar = progress(label, "step", done, steps)
     for step in bar:
         model.train()
         waiting = waiting or one_pass(lengths, losses, batch_size, revisit, order)
         batch = waiting.pop(0)
         mine = parallel.share(batch)
-        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-            group["lr"] = lr * scale(step - 1)
+        set_lr(optimizers, lr * scale(step - 1))
         with autocast(device):
             row_losses, predicted = loss_of(mine) if mine else (torch.zeros(0, device=device, requires_grad=True),) * 2
         all_predicted = parallel.total(predicted.detach().sum())

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import checkpoint
 import common
-import finetuning_nlg
 import model_io
 import ppo
+import run_folder
 import supervised
 from common import UserError
 
@@ -197,8 +197,8 @@ def test_a_kl_that_stays_negative_is_said_once(capsys):
     run_so_far = {"kls": [], "not_finite": 0, "warned": False}
     for update in range(1, 30):
         run_so_far |= {"update": update, "row": {"skipped": 0, "kl": -0.5}}
-        finetuning_nlg.guard(run_so_far, None, args, tqdm(disable=True))
-        assert run_so_far["warned"] == (update >= finetuning_nlg.MOVING_AVERAGE)
+        run_folder.guard(run_so_far, None, args, tqdm(disable=True))
+        assert run_so_far["warned"] == (update >= run_folder.MOVING_AVERAGE)
     said = capsys.readouterr().err
     assert said.count("warning: update 10: the KL stays negative") == 1
     assert said.count("warning") == 1

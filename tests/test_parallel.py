@@ -20,10 +20,10 @@ from kill_test import ended, start
 from test_ppo import STOP
 from torch import tensor
 
-import finetuning_nlg
 import optimization
 import parallel
 import ppo
+import run_folder
 
 SETTINGS = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.1, "temperature": 0.7}
 # torchrun has options that begin with --run too, so -- says where its own end
@@ -208,14 +208,14 @@ def test_torchrun(chain, tmp_path):
     assert log["ratio_deviation_first"].max() < 1e-4
 
     def dies_at_the_third_update():
-        guard = finetuning_nlg.guard
+        guard = run_folder.guard
 
         def deadly(run, *rest):
             if run["update"] == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             guard(run, *rest)
 
-        finetuning_nlg.guard = deadly
+        run_folder.guard = deadly
 
     again = [*flags, "--run", "again", "--out", "models/again", "--resume"]
     assert two_processes("finetuning_nlg", home, *again, change=dies_at_the_third_update) == [-9, -9]
