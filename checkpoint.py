@@ -15,7 +15,7 @@ import parallel
 from common import COUNT, Stopped, UserError
 
 FORMAT = 2  # of the file; another one is refused
-MAY_CHANGE = {"resume", "save_every", "device", "tensorboard"}  # flags that change no result
+MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page"}  # flags that change no result
 Keep = Callable[..., None]  # (step, state, now=False)
 
 

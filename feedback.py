@@ -228,13 +228,6 @@ def raw_terminal() -> Iterator[None]:
 # who answers
 
 
-def asker(args: argparse.Namespace, device: torch.device) -> Ask:
-    """A person at the terminal, or what answers in their place."""
-    if args.annotator:
-        return annotator(args.annotator, args.gold, args.annotator_noise, args.seed, device)
-    return at_terminal
-
-
 def annotator(spec: str, gold: str, noise: float, seed: int, device: torch.device) -> Ask:
     """classifier:FOLDER, gold, or FILE.py:FUNCTION, which gives texts a number; `noise` is how often it errs.
 

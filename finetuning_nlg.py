@@ -194,7 +194,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
     batches = data.endless(parts.queries, args.batch_size, args.seed)
     chosen = list(itertools.islice(itertools.chain.from_iterable(batches), args.reference_samples))
     asks = [1 + updates * i // args.label_rounds for i in range(args.label_rounds)] if parts.people else []
-    ask = feedback.asker(args, device) if asks else None
+    ask = people.asker(args, device) if asks else None
     run, normalise = begin(args, parts, folder, chosen, saved, device)
     for _ in range(run["update"]):
         next(batches)

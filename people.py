@@ -13,6 +13,7 @@ import common
 import data
 import feedback
 import model_io
+import page
 import run_folder
 import scoring
 import supervised
@@ -31,12 +32,20 @@ def add_flags(people: argparse._ArgumentGroup) -> None:
         "--label-rounds", type=COUNT, default=1, help="times that people are asked, of the policy as it then is"
     )
     people.add_argument("--feedback-file", default="data_cls/feedback.jsonl", help="where every answer is kept")
+    people.add_argument("--page", action="store_true", help="ask on a browser page of this machine, not here")
     people.add_argument(
         "--annotator", help="who answers in a person's place: gold, classifier:FOLDER, or FILE.py:FUNCTION"
     )
     people.add_argument("--annotator-noise", type=FRACTION, default=0.0, help="how often that one answers at random")
     people.add_argument("--reward-epochs", type=COUNT, default=8, help="passes over the answers in every round")
     people.add_argument("--reward-lr", type=POSITIVE, default=1e-3, help="peak learning rate of these")
+
+
+def asker(args: argparse.Namespace, device: torch.device) -> feedback.Ask:
+    """A person at the terminal or at a page, or what answers in their place."""
+    if args.annotator:
+        return feedback.annotator(args.annotator, args.gold, args.annotator_noise, args.seed, device)
+    return page.asker(feedback.choices(samples_of(args.feedback))) if args.page else feedback.at_terminal
 
 
 def new_model(policy: str, kind: str):

@@ -132,76 +132,85 @@ def fit(
     a fit with this label, to go on from; one of another label changes nothing.
     Returns what `validate` said after every epoch; the model ends with the weights for which `lowest` of it was lowest.
     """
-    optimizers, parameters = make_optimizers(model, lr, muon), list(model.parameters())
-    per_epoch = -(-len(lengths) // batch_size)
+    optimizers, per_epoch = make_optimizers(model, lr, muon), -(-len(lengths) // batch_size)
     steps, lengths, order = epochs * per_epoch, np.array(lengths), np.random.default_rng(seed)
-    losses = np.full(len(lengths), np.inf)
-    done, total, skipped, waiting, history, best = 0, 0.0, 0, [], [], None
+    losses = torch.full((len(lengths),), torch.inf, dtype=torch.float64)  # of every row when it was last seen
+    run = {"done": 0, "total": 0.0, "skipped": 0, "waiting": [], "history": [], "best": None, "losses": losses}
     if saved and saved["label"] == label:
-        done, total, skipped, waiting = saved["done"], saved["total"], saved["skipped"], saved["waiting"]
-        history, best, losses = saved["history"], saved["best"], saved["losses"].numpy()
-        order.bit_generator.state = saved["order"]
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        checkpoint.set_random_states(saved["random"])
-
-    def scale(step: int) -> float:
-        return min((step + 1) / (0.05 * steps + 1), 1, (1 - step / steps) / decay)
+        run = restore(saved, model, optimizers, order)
 
     def state() -> dict:
-        return {
-            "label": label,
-            "done": step,
-            "total": total,
-            "skipped": skipped,
-            "waiting": waiting,
-            "history": history,
-            "best": best,
-            "losses": torch.from_numpy(losses),
-            "order": order.bit_generator.state,
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "random": checkpoint.random_states(),
-        }
+        """What a checkpoint holds."""
+        own = {"label": label, "model": model.state_dict(), "optimizers": [each.state_dict() for each in optimizers]}
+        return run | own | {"order": order.bit_generator.state, "random": checkpoint.random_states()}
 
-    bar = progress(label, "step", done, steps)
+    bar = progress(label, "step", run["done"], steps)
     for step in bar:
         model.train()
-        waiting = waiting or one_pass(lengths, losses, batch_size, revisit, order)
-        batch = waiting.pop(0)
+        set_lr(optimizers, lr * share_of_lr(step - 1, steps, decay))
+        run["waiting"] = run["waiting"] or one_pass(lengths, run["losses"].numpy(), batch_size, revisit, order)
+        batch = run["waiting"].pop(0)
         mine = parallel.share(batch)
-        set_lr(optimizers, lr * scale(step - 1))
         with autocast(device):
             row_losses, predicted = loss_of(mine) if mine else (torch.zeros(0, device=device, requires_grad=True),) * 2
-        all_predicted = parallel.total(predicted.detach().sum())
-        (row_losses.sum() / all_predicted).backward()
-        parallel.add_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        skipped = 0 if np.isfinite(norm) else skipped + 1  # a bad step never reaches the weights
-        for optimizer in optimizers:
-            if not skipped:
-                optimizer.step()
-            optimizer.zero_grad()
-        if skipped == TOLERATED:
+        loss, finite = learn(model, optimizers, row_losses, predicted)
+        run["skipped"] = 0 if finite else run["skipped"] + 1
+        if run["skipped"] == TOLERATED:
             what = "gradient" if row_losses.isfinite().all() else "loss"
-            raise UserError(f"{label}, step {step}: the {what} is not finite, {skipped} times in a row; lower --lr")
-        if not skipped:
-            losses[batch] = parallel.gather((row_losses.detach() / predicted).tolist())
-            total += (parallel.total(row_losses.detach().sum()) / all_predicted).item()
+            raise UserError(f"{label}, step {step}: the {what} is not finite, {TOLERATED} times in a row; lower --lr")
+        if finite:
+            seen = parallel.gather((row_losses.detach() / predicted).tolist())
+            run["losses"][batch] = torch.tensor(seen, dtype=torch.float64)
+            run["total"] += loss
         epoch, count = divmod(step - 1, per_epoch)
-        bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {total / (count + 1):.3f}", refresh=False)
+        bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {run['total'] / (count + 1):.3f}", refresh=False)
         if count + 1 == per_epoch:
             model.eval()
-            history.append({"epoch": epoch + 1, "train_loss": total / per_epoch} | validate())
-            bar.write(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
-            total = 0.0
-            if best is None or history[-1][lowest] < best[0]:
-                best = history[-1][lowest], copy.deepcopy(model.state_dict())
+            run["history"].append({"epoch": epoch + 1, "train_loss": run["total"] / per_epoch} | validate())
+            found = run["history"][-1]
+            bar.write(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+            run["total"] = 0.0
+            if run["best"] is None or found[lowest] < run["best"][0]:
+                run["best"] = found[lowest], copy.deepcopy(model.state_dict())
+        run["done"] = step
         keep(step, state)
     model.eval()
-    model.load_state_dict(best[1])
-    return history
+    model.load_state_dict(run["best"][1])
+    return run["history"]
+
+
+def restore(saved: dict, model: nn.Module, optimizers: list[torch.optim.Optimizer], order: np.random.Generator) -> dict:
+    """Puts everything back as it was, and returns how far it was."""
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    order.bit_generator.state = saved["order"]
+    checkpoint.set_random_states(saved["random"])
+    return {name: saved[name] for name in ("done", "total", "skipped", "waiting", "history", "best", "losses")}
+
+
+def share_of_lr(step: int, steps: int, decay: float) -> float:
+    """The learning rate after `step` of the steps, as a share of its peak."""
+    return min((step + 1) / (0.05 * steps + 1), 1, (1 - step / steps) / decay)
+
+
+def learn(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], row_losses: Tensor, predicted: Tensor
+) -> tuple[float, bool]:
+    """One step on the losses of B rows, each summed over `predicted` things, [B]: the mean, and whether it was taken.
+
+    A step that is not finite never reaches the weights. The rows of other processes count too.
+    """
+    parameters = list(model.parameters())
+    all_predicted = parallel.total(predicted.detach().sum())
+    (row_losses.sum() / all_predicted).backward()
+    parallel.add_gradients(parameters)
+    finite = bool(nn.utils.clip_grad_norm_(parameters, 1.0).isfinite())
+    for optimizer in optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+    return (parallel.total(row_losses.detach().sum()) / all_predicted).item(), finite
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from common import UserError
 
 LABELS = {0: "negative", 1: "positive"}
 NORMALISED_ON = 8192  # candidates that say which scores are 0 and 1
+Rows = tuple[list[list[str]], np.ndarray]  # the candidates of every row, and which of them is best; or text, label
 LABELS_FIT = "classifier"  # what the fit to labels is called, after that to language
 
 
@@ -77,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def labelled(rows, args: argparse.Namespace) -> tuple[list[list[str]], np.ndarray]:
+def labelled(rows, args: argparse.Namespace) -> Rows:
     """The text of every row, alone in a list, and the labels, 1 = positive."""
     if args.label_column not in rows.column_names:
         columns = ", ".join(rows.column_names)
@@ -174,30 +175,31 @@ def main() -> None:
         train(args, device, saved, keep)
 
 
-def train(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
-    scratch = args.model == "scratch"
-
-    # data
+def load_rows(args: argparse.Namespace) -> tuple[Rows, dict[str, Rows]]:
+    """The rows to train on, and those of the other splits; a tenth of the first is for validation if no split is."""
     loaded = data.load_splits(args.data, args.data_config, args.data_revision)
     splits = {name: data.comparisons(rows) or labelled(rows, args) for name, rows in loaded.items()}
-    candidates, chosen = splits["train"]
-    if "valid" in splits:
-        train, valid = np.arange(len(candidates)), splits["valid"]
-    else:
+    candidates, chosen = splits.pop("train")
+    if "valid" not in splits:
         train, held_out = data.split_off(len(candidates), 0.1, args.seed)
-        valid = [candidates[i] for i in held_out], chosen[held_out]
-    candidates, chosen = [candidates[i] for i in train], torch.tensor(chosen[train], device=device)
-    width = {name: len(rows[0]) for name, (rows, _) in (splits | {"train": (candidates, chosen)}).items()}
-    if len(set(width.values())) > 1:
-        raise UserError(f"the splits are not of one kind: candidates in a row are {width}")
-    compares = width["train"] > 1
+        splits = {"valid": ([candidates[i] for i in held_out], chosen[held_out])} | splits
+        candidates, chosen = [candidates[i] for i in train], chosen[train]
+    widths = {name: len(rows[0]) for name, (rows, _) in (splits | {"train": (candidates, chosen)}).items()}
+    if len(set(widths.values())) > 1:
+        raise UserError(f"the splits are not of one kind: candidates in a row are {widths}")
+    return (candidates, chosen), {"valid": splits["valid"]} | splits
 
-    # model
-    texts = [text for row in candidates for text in row]
-    model, tokenizer = load_model(args, texts, compares)
+
+def train(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
+    # data and model
+    (candidates, best), splits = load_rows(args)
+    width, texts = len(candidates[0]), [text for row in candidates for text in row]
+    chosen, (valid, valid_best) = torch.tensor(best, device=device), splits["valid"]
+    model, tokenizer = load_model(args, texts, compares=width > 1)
     model.to(device)
     longest = min(args.max_length, model_io.longest(model, tokenizer))
     ids = supervised.encode(tokenizer, texts, longest)
+    scratch = args.model == "scratch"
     shared = {
         "batch_size": args.batch_size,
         "muon": (args.optimizer or ("muon" if scratch else "adamw")) == "muon",
@@ -210,11 +212,11 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     # language modelling first, on the reward model's own body
     lm_epochs = args.lm_epochs if args.lm_epochs is not None else 3 * scratch
     if lm_epochs and not (saved and saved["label"] == LABELS_FIT):
-        valid_ids = supervised.encode(tokenizer, [text for row in valid[0] for text in row], longest)
+        valid_ids = supervised.encode(tokenizer, [text for row in valid for text in row], longest)
         learn_language(model, ids, valid_ids, tokenizer.pad_token_id, epochs=lm_epochs, lr=args.lm_lr, **shared)
 
     # labels or comparisons
-    rows = [ids[start : start + width["train"]] for start in range(0, len(ids), width["train"])]
+    rows = [ids[start : start + width] for start in range(0, len(ids), width)]
 
     def loss(batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         of_batch = [rows[i] for i in batch]
@@ -229,7 +231,7 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
         model,
         [sum(map(len, row)) for row in rows],
         loss,
-        lambda: supervised.choice_errors(scores(valid[0]), valid[1]),
+        lambda: supervised.choice_errors(scores(valid), valid_best),
         epochs=args.epochs,
         lr=args.lr,
         decay=0.3,
@@ -238,19 +240,21 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
         revisit=args.revisit if args.revisit is not None else (0.1 if scratch else 1.0),
         **shared,
     )
-    if compares:
+    if width > 1:
         scoring.normalise(model, tokenizer, texts[:NORMALISED_ON])
-
-    # report
-    report = {"valid": valid} | {name: split for name, split in splits.items() if name not in ("train", "valid")}
     found = {
-        name: measure_comparisons(scores(split), best) if compares else measure(scores(split)[:, 0], best)
-        for name, (split, best) in report.items()
+        name: measure_comparisons(scores(split), best) if width > 1 else measure(scores(split)[:, 0], best)
+        for name, (split, best) in splits.items()
     }
-    table = pd.DataFrame(found).T
+    save(args, model, tokenizer, {"results": found, "history": history}, device)
+
+
+def save(args: argparse.Namespace, model, tokenizer, found: dict, device: torch.device) -> None:
+    """The reward model with its model card; what was found goes beside it, and to the results."""
+    table = pd.DataFrame(found["results"]).T
     print(table.to_string(float_format="%.4f"))
-    record = {"results": found, "history": history, "settings": vars(args)} | common.provenance(device)
-    title = "A model of preferences" if compares else "An ethics classifier"
+    record = found | {"settings": vars(args)} | common.provenance(device)
+    title = "A model of preferences" if model.config.num_labels == 1 else "An ethics classifier"
     card = model_io.card(title, "text-classification", args.data, record, table)
     model_io.save_folder(args.out, model, tokenizer, card, record)
     copy = common.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
