@@ -95,6 +95,12 @@ def add_rollout_flags(rollout: argparse._ArgumentGroup) -> None:
 def add_reward_flags(reward: argparse._ArgumentGroup) -> None:
     reward.add_argument("--kl-coef", type=number(float, 0), default=0.2, help="price of a nat of KL, first or fixed")
     reward.add_argument(
+        "--kl-start",
+        type=number(float, 1),
+        default=3.0,
+        help="times the price at the start of the run, falling to the price at its middle; not with --target-kl",
+    )
+    reward.add_argument(
         "--kl",
         choices=("exact", "sampled"),
         default="exact",
@@ -207,7 +213,10 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
             learn_from_people(args, parts, ask, run, folder)
             normalise()
         clock = [time.perf_counter()]
-        lr, kl_coef = optimization.set_lr(parts.optimizers, args.lr * (1 - (update - 1) / updates)), run["kl_coef"]
+        done, kl_coef = (update - 1) / updates, run["kl_coef"]
+        lr = optimization.set_lr(parts.optimizers, args.lr * (1 - done))
+        if not args.target_kl:
+            kl_coef = ppo.falling_kl_coef(kl_coef, args.kl_start, done)
 
         asked = parallel.share(next(batches))
         rollout = roll_out(args, parts, asked, device)

@@ -282,6 +282,15 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episo
     return kl_coef * (1 + error * episodes / horizon)
 
 
+def falling_kl_coef(kl_coef: float, times: float, done: float) -> float:
+    """`times` kl_coef at first, falling in a line to kl_coef when half of the run is done; done from 0 to 1.
+
+    Where a policy still acts alike in two cases that want different acts, its mean gain from either act is 0, and
+    chance alone decides which one it settles for. A dear KL holds it where it began until it can tell them apart.
+    """
+    return kl_coef * max(1.0, times - 2 * (times - 1) * done)
+
+
 STATISTICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction")
 
 

@@ -2,50 +2,76 @@
 
     python study.py ablations                # every variant with seeds 0, 1, 2; what is finished is not run again
     python study.py overoptimisation         # runs that go too far on purpose
+    python study.py labels                   # what so many answers of simulated people are worth
+    python study.py ablations --cluster slurm --partition gpu
 
-Runs are folders data_results/<grid>/<variant>_seed<seed>; the table of their ends is data_results/<grid>.csv.
-The models of train_nlg.py and train_cls.py must be in models/.
+Runs are folders data_results/<grid>/<variant>_seed<seed>; the table of their ends is data_results/<grid>.csv, where
+failed runs are said to have failed. The models of train_nlg.py and train_cls.py must be in models/.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
+import submitit
+import torch
+from tqdm import tqdm
 
 import common
 import figures
 from common import COUNT, UserError
 
+HERE = Path(__file__).resolve().parent
+FAILED = "failed.txt"  # in a run folder: what the run said last
+
+
+class Grid(NamedTuple):
+    episodes: int  # of a run
+    variants: dict[str, str]  # name -> flags of finetuning_nlg.py; {run} stands for the run's name
+
+
+ASKED = (
+    "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl --reward-epochs 16"
+)
 GRIDS = {
-    # half the episodes of a default run, so that the grid is done in an hour or two on a laptop
-    "ablations": {
-        "default": "",
-        "adam_lr_5e-4": "--optimizer adam --lr 5e-4",
-        "sampled_kl": "--kl sampled",
-        "whitened_rewards": "--whiten-rewards",
-        "lambda_0.95": "--gae-lambda 0.95",
-        "separate_value": "--separate-value",
-        "K2": "--ppo-epochs 2",
-        "K4": "--ppo-epochs 4",
-        "minibatches_1": "--minibatches 1",
-        "lr_2e-3": "--lr 2e-3",
-        "batch_512": "--batch-size 512",
-        "kl_coef_0.1": "--kl-coef 0.1",
-        "adaptive_kl": "--kl-coef 1 --target-kl 1 --kl-horizon 2560",
-    },
-    "overoptimisation": {
-        "kl_coef_0": "--kl-coef 0",
-        "kl_coef_0.02": "--kl-coef 0.02",
-        "kl_coef_0.05": "--kl-coef 0.05",
-        "kl_coef_0.1": "--kl-coef 0.1",
-        "kl_coef_0.2": "--kl-coef 0.2",
-        "kl_coef_0.5": "--kl-coef 0.5",
-    },
+    # a fifth of the episodes of a default run, so that the grid is done in half an hour or two on a laptop
+    "ablations": Grid(
+        10_240,
+        {
+            "default": "",
+            "constant_kl_coef": "--kl-start 1",
+            "adam_lr_5e-4": "--optimizer adam --lr 5e-4",
+            "sampled_kl": "--kl sampled",
+            "whitened_rewards": "--whiten-rewards",
+            "lambda_0.95": "--gae-lambda 0.95",
+            "separate_value": "--separate-value",
+            "K2": "--ppo-epochs 2",
+            "K4": "--ppo-epochs 4",
+            "minibatches_1": "--minibatches 1",
+            "lr_2e-3": "--lr 2e-3",
+            "batch_512": "--batch-size 512",
+            "kl_coef_0.1": "--kl-coef 0.1",
+            "adaptive_kl": "--kl-coef 1 --target-kl 1 --kl-horizon 2560",
+        },
+    ),
+    "overoptimisation": Grid(
+        20_480, {f"kl_coef_{price}": f"--kl-coef {price}" for price in (0, 0.02, 0.05, 0.1, 0.2, 0.5)}
+    ),
+    "labels": Grid(
+        10_240,
+        {
+            f"{labels}_{when}": f"{ASKED} --labels {labels} --label-rounds {rounds}"
+            for labels in (60, 250, 1000, 4000)
+            for when, rounds in (("offline", 1), ("online", 4))
+        },
+    ),
 }
-EPISODES = {"ablations": 10_240, "overoptimisation": 20_480}
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,32 +79,39 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("grid", choices=GRIDS, help="which grid")
     parser.add_argument("--only", nargs="+", help="variants of it (default: all)")
     parser.add_argument("--seeds", type=COUNT, default=3, help="seeds 0, 1, ... of every variant")
-    parser.add_argument("--episodes", type=COUNT, help="responses in a run (default: 10240; overoptimisation: 20480)")
+    parser.add_argument("--episodes", type=COUNT, help="responses in a run (default: the grid's own)")
+    parser.add_argument("--retry", action="store_true", help="run failed runs again")
+    parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where the runs go")
+    parser.add_argument("--partition", help="of the SLURM cluster")
+    parser.add_argument("--at-once", type=COUNT, help="runs at the same time (default: one a GPU, or one a core)")
     args = parser.parse_args()
-    if unknown := sorted(set(args.only or ()) - set(GRIDS[args.grid])):
-        raise UserError(f"--only: {args.grid} has no variant {unknown[0]!r}, only {', '.join(GRIDS[args.grid])}")
+    if unknown := sorted(set(args.only or ()) - set(GRIDS[args.grid].variants)):
+        known = ", ".join(GRIDS[args.grid].variants)
+        raise UserError(f"--only: {args.grid} has no variant {unknown[0]!r}, only {known}")
     return args
-
-
-def call(script: str, *flags: str | Path) -> None:
-    command = [sys.executable, str(Path(__file__).parent / script), *map(str, flags)]
-    if subprocess.run(command).returncode:
-        raise UserError(f"{script} failed; call study.py again to go on from there")
 
 
 def main() -> None:
     args = parse_args()
-    results = Path("data_results") / args.grid
-    variants = {name: GRIDS[args.grid][name] for name in args.only or GRIDS[args.grid]}
-    episodes = str(args.episodes or EPISODES[args.grid])
-    runs = {f"{name}_seed{seed}": (flags, seed) for seed in range(args.seeds) for name, flags in variants.items()}
-    for run, (flags, seed) in runs.items():
-        out = Path("models") / args.grid / run
-        if not out.exists():  # it comes last
-            where = ["--results", results, "--run", run, "--out", out]
-            call("finetuning_nlg.py", *where, "--episodes", episodes, "--seed", str(seed), "--resume", *flags.split())
-    if new := [results / run for run in runs if not (results / run / "evaluation.json").exists()]:
-        call("evaluate_nlg.py", "--run", *new)
+    results, grid = Path("data_results") / args.grid, GRIDS[args.grid]
+    waiting = {}
+    for seed in range(args.seeds):
+        for name in args.only or grid.variants:
+            run = f"{name}_seed{seed}"
+            out, failed = Path("models") / args.grid / run, results / run / FAILED
+            if args.retry:
+                failed.unlink(missing_ok=True)
+            if not out.exists() and not failed.exists():  # the model comes last
+                where = f"--results {results} --run {run} --out {out} --episodes {args.episodes or grid.episodes}"
+                waiting[run] = f"{where} --seed {seed} --resume {grid.variants[name].format(run=run)}".split()
+    run_all(args, waiting, results)
+
+    finished = [folder for folder in sorted(results.glob("*_seed*")) if not (folder / FAILED).exists()]
+    if new := [folder for folder in finished if not (folder / "evaluation.json").exists()]:
+        for group in groups(new):
+            command = [sys.executable, HERE / "evaluate_nlg.py", "--run", *group]
+            if subprocess.run(command).returncode:
+                raise UserError("evaluate_nlg.py failed; call study.py again to go on from there")
     table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*"))])
     table.round(4).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
     print(table.groupby("variant").mean(numeric_only=True).drop(columns="seed").to_string(float_format="%.3f"))
@@ -87,14 +120,63 @@ def main() -> None:
         print(f"figure: {figures.save_overoptimisation(results)}")
 
 
+def run_all(args: argparse.Namespace, waiting: dict[str, list[str]], results: Path) -> None:
+    """Runs what is waiting, so many at a time; a run that fails says why in its folder."""
+    executor = submitit.AutoExecutor(Path("models") / args.grid / "jobs", cluster=args.cluster)
+    gpus = torch.cuda.device_count()
+    places = list(range(args.at_once or gpus or os.cpu_count()))
+    threads = max(1, os.cpu_count() // len(places))
+    executor.update_parameters(timeout_min=24 * 60, cpus_per_task=threads)
+    if args.cluster == "slurm":
+        executor.update_parameters(slurm_partition=args.partition, slurm_gpus_per_node=1 if gpus else 0)
+    running, waiting = {}, dict(waiting)
+    bar = tqdm(total=len(waiting), desc=args.grid, unit="run", dynamic_ncols=True)
+    while waiting or running:
+        while waiting and places:
+            run, place = next(iter(waiting)), places.pop()
+            own = {"OMP_NUM_THREADS": str(threads)}
+            if gpus and args.cluster == "local":
+                own["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
+            running[run] = executor.submit(run_one, waiting.pop(run), own), place
+        for run in [run for run, (job, _) in running.items() if job.done()]:
+            job, place = running.pop(run)
+            said = job.result() if job.state != "FAILED" else f"the job failed: {job.stderr()}"
+            if said:
+                (results / run).mkdir(parents=True, exist_ok=True)
+                (results / run / FAILED).write_text(said.strip().splitlines()[-1] + "\n", encoding="utf-8")
+                bar.write(f"{run} failed: see {results / run / FAILED}")
+            places.append(place)
+            bar.update()
+        time.sleep(0.2)
+    bar.close()
+
+
+def run_one(flags: list[str], own: dict[str, str]) -> str:
+    """In a job: one run with environment variables of its own. Returns nothing, or what it said when it failed."""
+    command = [sys.executable, str(HERE / "finetuning_nlg.py"), *flags]
+    done = subprocess.run(command, env=os.environ | own, stderr=subprocess.PIPE, text=True, errors="replace")
+    return (done.stderr or f"exit code {done.returncode}") if done.returncode else ""
+
+
+def groups(folders: list[Path]) -> list[list[Path]]:
+    """Runs that evaluate_nlg.py takes together, as their reward is one: others come alone."""
+    alike = {}
+    for folder in folders:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
+        alike.setdefault(str(folder) if "human" in settings["reward"] else "", []).append(folder)
+    return list(alike.values())
+
+
 def row_of(folder: Path) -> dict:
     """The end of a run."""
-    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     variant, _, seed = folder.name.rpartition("_seed")
+    row = {"variant": variant, "seed": int(seed)}
+    if (folder / FAILED).exists():
+        return row | {"failed": (folder / FAILED).read_text(encoding="utf-8").strip()}
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     log = pd.read_csv(folder / "log.csv")
-    return {
-        "variant": variant,
-        "seed": int(seed),
+    return row | {
+        "failed": "",
         "fraction_of_optimum": evaluation["fraction_of_optimum"],
         "score": evaluation["score_after"],
         "kl": evaluation["kl"],

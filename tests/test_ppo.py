@@ -128,6 +128,12 @@ def test_adaptive_kl_coefficient(kl, expected):
     assert ppo.next_kl_coef(0.1, kl, target=6.0, horizon=10_000, episodes=1_000) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("done", "expected"), [(0, 0.6), (0.25, 0.4), (0.5, 0.2), (0.9, 0.2)])
+def test_the_price_of_kl_falls_to_its_final_value_in_the_middle_of_a_run(done, expected):
+    assert ppo.falling_kl_coef(0.2, times=3, done=done) == pytest.approx(expected)
+    assert ppo.falling_kl_coef(0.2, times=1, done=done) == 0.2
+
+
 def test_positions_count_real_tokens():
     assert ppo.position_ids(tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
 
