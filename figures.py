@@ -144,3 +144,47 @@ def save_overoptimisation(results: Path) -> Path:
     """data_results/fig_overoptimisation.png, of the runs in data_results/overoptimisation/."""
     title = "How far a score can be pushed before it is no longer true"
     return save(results.with_name(f"fig_{results.name}.png"), title, draw_overoptimisation, results)
+
+
+def draw_ablations(axes, table: pd.DataFrame) -> None:
+    """Share of the optimum of every run, a row a variant, the best on top; bars are means. Failed runs are crosses."""
+    means = table.groupby("variant").fraction_of_optimum.mean().sort_values()
+    axes.barh(means.index, means, color=[ORANGE if name == "default" else BLUE for name in means.index], alpha=0.35)
+    for place, name in enumerate(means.index):
+        runs = table[table.variant == name]
+        axes.plot(runs.fraction_of_optimum, [place] * len(runs), "o", color=GREY, markersize=5, markeredgecolor="white")
+        failed = int(runs.fraction_of_optimum.isna().sum())
+        axes.plot([0.01] * failed, [place] * failed, "x", color=ORANGE)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the optimum at the run's own KL (a dot a seed)")
+    axes.grid(axis="y", visible=False)
+
+
+def save_ablations(results: Path) -> Path:
+    table = pd.read_csv(results.with_suffix(".csv"))
+    return save(results.with_name(f"fig_{results.name}.png"), "One switch at a time", draw_ablations, table)
+
+
+def draw_labels(axes, table: pd.DataFrame) -> None:
+    """Gold ethics against the number of labels ([1], figure 2): every run a dot, means as lines."""
+    table = table.assign(
+        labels=table.variant.str.split("_").str[0].astype(int), when=table.variant.str.split("_").str[1]
+    )
+    for when, color in {"offline": ORANGE, "online": BLUE}.items():
+        runs = table[table.when == when]
+        axes.plot(runs.labels, runs.gold_ethical, "o", color=color, alpha=0.5, markersize=5, markeredgewidth=0)
+        means = runs.groupby("labels").gold_ethical.mean()
+        axes.plot(means.index, means, color=color, linewidth=2.5, label=when)
+    axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":", label="no labels: the generator as it is")
+    axes.set_xscale("log")
+    ticks = sorted(set(table.labels))
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("labels (which of four texts is best)")
+    axes.set_ylabel("gold: ethical")
+    axes.legend(loc="upper left")
+
+
+def save_labels(results: Path) -> Path:
+    table = pd.read_csv(results.with_suffix(".csv"))
+    return save(results.with_name(f"fig_{results.name}.png"), "What answers are worth", draw_labels, table)

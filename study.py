@@ -116,8 +116,7 @@ def main() -> None:
     table.round(4).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
     print(table.groupby("variant").mean(numeric_only=True).drop(columns="seed").to_string(float_format="%.3f"))
     print(f"table: {results.with_suffix('.csv')}")
-    if args.grid == "overoptimisation":
-        print(f"figure: {figures.save_overoptimisation(results)}")
+    print(f"figure: {getattr(figures, f'save_{args.grid}')(results)}")
 
 
 def run_all(args: argparse.Namespace, waiting: dict[str, list[str]], results: Path) -> None:
