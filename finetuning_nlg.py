@@ -93,11 +93,11 @@ def add_rollout_flags(rollout: argparse._ArgumentGroup) -> None:
 
 
 def add_reward_flags(reward: argparse._ArgumentGroup) -> None:
-    reward.add_argument("--kl-coef", type=number(float, 0), default=0.2, help="price of a nat of KL, first or fixed")
+    reward.add_argument("--kl-coef", type=number(float, 0), default=0.15, help="price of a nat of KL, first or fixed")
     reward.add_argument(
         "--kl-start",
         type=number(float, 1),
-        default=3.0,
+        default=4.0,
         help="times the price at the start of the run, falling to the price at its middle; not with --target-kl",
     )
     reward.add_argument(

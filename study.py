@@ -56,7 +56,7 @@ GRIDS = {
             "minibatches_1": "--minibatches 1",
             "lr_2e-3": "--lr 2e-3",
             "batch_512": "--batch-size 512",
-            "kl_coef_0.1": "--kl-coef 0.1",
+            "kl_coef_0.2": "--kl-coef 0.2",
             "adaptive_kl": "--kl-coef 1 --target-kl 1 --kl-horizon 2560",
         },
     ),
