@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import data  # noqa: E402
 
-OURS = {"kl_coef": 0.2, "lam": 1.0, "num_ppo_epochs": 1, "num_mini_batches": 4}
+OURS = {"kl_coef": 0.15, "lam": 1.0, "num_ppo_epochs": 1, "num_mini_batches": 4}
 VARIANTS = {
     "trl_defaults": {},
     "trl_defaults_lr_5e-4": {"learning_rate": 5e-4},  # the default, 3e-6, is for models a thousand times larger
