@@ -34,6 +34,7 @@ FAILED = "failed.txt"  # in a run folder: what the run said last
 class Grid(NamedTuple):
     episodes: int  # of a run
     variants: dict[str, str]  # name -> flags of finetuning_nlg.py; {run} stands for the run's name
+    evaluation: tuple[str, ...] = ()  # flags of evaluate_nlg.py
 
 
 ASKED = (
@@ -70,6 +71,7 @@ GRIDS = {
             for labels in (60, 250, 1000, 4000)
             for when, rounds in (("offline", 1), ("online", 4))
         },
+        ("--reference-samples", "64"),  # the gold judge is asked here, not how near the optimum of each reward is
     ),
 }
 
@@ -109,7 +111,7 @@ def main() -> None:
     finished = [folder for folder in sorted(results.glob("*_seed*")) if not (folder / FAILED).exists()]
     if new := [folder for folder in finished if not (folder / "evaluation.json").exists()]:
         for group in groups(new):
-            command = [sys.executable, HERE / "evaluate_nlg.py", "--run", *group]
+            command = [sys.executable, HERE / "evaluate_nlg.py", *grid.evaluation, "--run", *group]
             if subprocess.run(command).returncode:
                 raise UserError("evaluate_nlg.py failed; call study.py again to go on from there")
     table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*"))])
@@ -173,10 +175,11 @@ def row_of(folder: Path) -> dict:
     if (folder / FAILED).exists():
         return row | {"failed": (folder / FAILED).read_text(encoding="utf-8").strip()}
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    known = evaluation["kl"] <= evaluation["trusted_up_to_kl"]
     log = pd.read_csv(folder / "log.csv")
     return row | {
         "failed": "",
-        "fraction_of_optimum": evaluation["fraction_of_optimum"],
+        "fraction_of_optimum": evaluation["fraction_of_optimum"] if known else None,
         "score": evaluation["score_after"],
         "kl": evaluation["kl"],
         "ethics": evaluation["ethics_after"],

@@ -34,7 +34,7 @@ def test_a_grid_runs_once_and_says_what_failed(home, monkeypatch):
     table = pd.read_csv(home / "data_results" / "ablations.csv").set_index(["variant", "seed"])
     assert table.index.tolist() == [("broken", 0), ("fine", 0)]
     assert table.failed["broken"].str.startswith("error: --reward models/nowhere").all()
-    assert table.fraction_of_optimum.notna().tolist() == [False, True]
+    assert table.gold_valid.notna().tolist() == [False, True]
 
     monkeypatch.setattr(study, "run_one", None)  # what is finished or has failed is not run again
     run("study", "ablations", "--seeds", "1", cwd=home)
