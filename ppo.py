@@ -13,17 +13,17 @@ are 1 on real tokens and 0 on padding. Log-probabilities, entropies and KL are i
 softmax(logits / temperature): when sampling, for the reference and in the update.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import log_softmax
 
 import parallel
 from optimization import optimizer_step
-from sampler import position_ids, real_tokens, sample
+from policy import PolicyWithValue, kl_and_entropy, logprob_and_kl, of_tokens, response_states, token_logits
+from sampler import real_tokens, sample
 
 
 @dataclass(frozen=True)
@@ -54,47 +54,6 @@ class Rollout:
         return ((self.logprobs - self.ref_logprobs) * self.response_mask).sum(1)
 
 
-class PolicyWithValue(nn.Module):
-    """A causal language model with a value head on its last hidden states, zero at the start as in [3].
-
-    With `separate_value` the head sits on a copy of the model instead, so that value and policy share no weights ([2]).
-    """
-
-    def __init__(self, model: nn.Module, separate_value: bool = False):
-        super().__init__()
-        self.model = model
-        self.value_model = copy.deepcopy(model) if separate_value else None
-        self.value_head = nn.Linear(model.get_input_embeddings().weight.shape[1], 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-
-    def forward(self, ids: Tensor, mask: Tensor, response_mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """ids, mask [B, T], response_mask [B, R] -> logits / temperature [N, V] and values [N], in float32."""
-        states = response_states(self.model, ids, mask, response_mask)
-        logits = token_logits(self.model, states, temperature)
-        if self.value_model is not None:
-            states = response_states(self.value_model, ids, mask, response_mask)
-        return logits, self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1).float()
-
-
-def response_states(model, ids: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
-    """ids, mask [B, T], response_mask [B, R] -> hidden states [N, H] from which the real response tokens are predicted.
-
-    They are those one position before: only they need to meet the vocabulary.
-    """
-    longest = int(response_mask.sum(1).max())
-    width = ids.shape[1] - response_mask.shape[1] + longest  # padding behind the longest response is left out
-    ids, mask, real = ids[:, :width], mask[:, :width], response_mask[:, :longest].bool()
-    out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-    return out.last_hidden_state[:, -longest - 1 : -1][real]
-
-
-def token_logits(model, states: Tensor, temperature: float) -> Tensor:
-    """Hidden states [N, H] -> logits / temperature [N, V], by dividing the H states and not the V logits."""
-    layer = model.get_output_embeddings()
-    return linear(states / temperature, layer.weight, None if layer.bias is None else layer.bias / temperature).float()
-
-
 def slices(rows: Tensor, mask: Tensor, size: int) -> tuple[Tensor, ...]:
     """Row numbers in parts of at most `size`, rows of like length together, so that little of a part is padding."""
     return rows[mask[rows].sum(1).argsort(stable=True)].split(size) if len(rows) else ()
@@ -103,11 +62,6 @@ def slices(rows: Tensor, mask: Tensor, size: int) -> tuple[Tensor, ...]:
 def places(mask: Tensor) -> Tensor:
     """mask [B, R] -> [B, R]: the place of every real token among the N real ones."""
     return (mask.flatten().cumsum(0) - 1).view(mask.shape)
-
-
-def of_tokens(logp: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities [N, V] of the whole vocabulary -> those of ids [N], [N]."""
-    return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 @torch.no_grad()
@@ -156,47 +110,6 @@ def collect(
     nothing = torch.zeros(mask.shape, device=ids.device)
     per_token = [nothing.masked_scatter(mask.bool(), part) for part in per_token]
     return Rollout(query_ids, query_mask, response_ids, mask, terminated, *per_token, ref_distribution)
-
-
-def kl_and_entropy(logp: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(policy, reference) and the policy's entropy [N] of distributions given as log-probabilities [N, V]."""
-    p = logp.exp()
-    entropy = -dot(p, logp)
-    return -entropy - dot(p, ref_logp), entropy
-
-
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of x * y [N, V] over the vocabulary, [N]; under autocast it would be one in low precision."""
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.linalg.vecdot(x, y)
-
-
-class _LogprobAndKl(torch.autograd.Function):
-    """of_tokens(log_softmax(logits), ids) and the KL of log_softmax(logits) to ref_logp, [N] each.
-
-    The same numbers and gradients as autograd's with fewer passes over memory: the [N, V] tensors are what an update
-    of a small model spends its time on. With p = softmax(logits): d logp_i / d logits = onehot_i - p, and
-    d KL / d logits = p * (logp - ref_logp - KL).
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, ids: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
-        logp = log_softmax(logits, -1)
-        chosen, p, difference = of_tokens(logp, ids), logp.exp(), logp.sub_(ref_logp)
-        kl = dot(p, difference)
-        ctx.save_for_backward(p, difference, kl, ids)
-        return chosen, kl
-
-    @staticmethod
-    def backward(ctx, of_logprob: Tensor, of_kl: Tensor) -> tuple[Tensor, None, None]:
-        p, difference, kl, ids = ctx.saved_tensors
-        gradient = (difference * of_kl.unsqueeze(-1)).sub_((kl * of_kl + of_logprob).unsqueeze(-1)).mul_(p)
-        return gradient.scatter_add_(-1, ids.unsqueeze(-1), of_logprob.unsqueeze(-1)), None, None
-
-
-def logprob_and_kl(logits: Tensor, ids: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [N, V], ids [N], ref_logp [N, V] -> log-probabilities of ids and KL to the reference, [N]."""
-    return _LogprobAndKl.apply(logits, ids, ref_logp)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

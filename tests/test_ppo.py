@@ -135,7 +135,10 @@ def test_the_price_of_kl_falls_to_its_final_value_in_the_middle_of_a_run(done, e
 
 
 def test_positions_count_real_tokens():
-    assert ppo.position_ids(tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+    assert sampler.position_ids(tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])).tolist() == [
+        [0, 0, 0, 1, 2],
+        [0, 1, 2, 2, 2],
+    ]
 
 
 def test_real_tokens_end_with_the_first_stop():
