@@ -37,9 +37,7 @@ class Grid(NamedTuple):
     evaluation: tuple[str, ...] = ()  # flags of evaluate_nlg.py
 
 
-ASKED = (
-    "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl --reward-epochs 16"
-)
+ASKED = "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl"
 GRIDS = {
     # a fifth of the episodes of a default run, so that the grid is done in half an hour or two on a laptop
     "ablations": Grid(

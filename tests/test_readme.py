@@ -29,23 +29,20 @@ def test_the_table_of_runs():
         ]
 
 
-def test_the_long_run():
-    found = load("long_seed0/evaluation.json")
-    gold, (low, high) = found["gold"], found["fraction_of_optimum_interval"]
-    said = (
-        f"seed 0 ends at {gold['ethical_after']:.1%} gold ethical, {gold['valid_after']:.1%} valid, and "
-        f"{found['fraction_of_optimum']:.1%} ({low:.0%} to {high:.0%}) of the optimum at {found['kl']:.2f} nats"
-    )
+def test_the_trials_with_a_constant_price():
+    trials = pd.read_csv(ROOT / "data_results" / "trials.csv")
+    found = trials[trials.change.isna() & (trials.episodes == 56320)].fraction_of_optimum_held_out
+    assert len(found) == 5
+    said = f"With a constant price of KL, 0.2, five seeds end at {found.min():.1%} to {found.max():.1%} of the optimum"
     assert said in re.sub(r"\s+", " ", README)
 
 
-def test_the_trials_with_smoothed_labels():
-    trials = pd.read_csv(ROOT / "data_results" / "trials.csv")
-    found = trials[trials.classifier.str.contains("12 epochs, smoothing 0.05") & (trials.episodes == 53760)]
-    assert len(found) == 3
-    share, gold = found.fraction_of_optimum_held_out, found.gold_ethical_held_out
-    text = re.sub(r"\s+", " ", README)
-    assert f"at {share.min():.1%} to {share.max():.1%} of the optimum and {gold.min():.1%} to {gold.max():.1%}" in text
+def test_every_default_run_passes_its_bar():
+    for folder in (ROOT / "data_results").glob("K1_lr_1e-3_seed*"):
+        found = load(f"{folder.name}/evaluation.json")
+        assert found["fraction_of_optimum"] >= 0.92
+        assert found["gold"]["ethical_after"] >= 0.97
+        assert found["gold"]["valid_after"] >= found["gold"]["valid_before"] - 0.02
 
 
 def test_the_models():
