@@ -50,6 +50,7 @@ GRIDS = {
             "whitened_rewards": "--whiten-rewards",
             "lambda_0.95": "--gae-lambda 0.95",
             "separate_value": "--separate-value",
+            "no_critic": "--value-coef 0",
             "K2": "--ppo-epochs 2",
             "K4": "--ppo-epochs 4",
             "minibatches_1": "--minibatches 1",
