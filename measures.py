@@ -9,7 +9,9 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import sacrebleu
+from scipy import stats
 
 BETAS = np.geomspace(1e-2, 1e2, 161)  # prices of a nat, from nearly best-of-N to nearly the reference
 
@@ -114,3 +116,33 @@ def self_bleu(texts: Sequence[str]) -> float:
     metric = sacrebleu.BLEU(effective_order=True, lowercase=True)
     scores = [metric.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)]
     return float(np.mean(scores)) / 100
+
+
+def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The mean of the middle half: of five seeds, the middle three."""
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Of a table of runs, a row a variant: interquartile means over seeds with bootstrap 95% intervals.
+
+    The share of broken runs counts those that failed and have no numbers, too.
+    """
+    rows = {}
+    for variant, runs in table.groupby("variant"):
+        row = {"runs": len(runs), "broken": (runs.broken.fillna("") != "").mean()}
+        for column in ("gold_ethical", "gold_valid", "fraction_of_optimum", "kl"):
+            values = runs[column].dropna().to_numpy(dtype=float)
+            row[column] = interquartile_mean(values) if len(values) else np.nan
+            if column in ("gold_ethical", "fraction_of_optimum"):
+                row[f"{column}_low"], row[f"{column}_high"] = interval(values)
+        rows[variant] = row
+    return pd.DataFrame(rows).T.rename_axis("variant")
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Bootstrap 95% interval of the interquartile mean of values [N]."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return (values[0], values[0]) if len(values) else (np.nan, np.nan)
+    found = stats.bootstrap((values,), interquartile_mean, method="percentile", rng=np.random.default_rng(0))
+    return tuple(found.confidence_interval)

@@ -3,6 +3,7 @@
     python study.py ablations                # every variant with seeds 0, 1, 2; what is finished is not run again
     python study.py overoptimisation         # runs that go too far on purpose
     python study.py labels                   # what so many answers of simulated people are worth
+    python study.py stability --seeds 5      # PPO epochs and learning rates, from idle to broken
     python study.py ablations --cluster slurm --partition gpu
 
 Runs are folders data_results/<grid>/<variant>_seed<seed>; the table of their ends is data_results/<grid>.csv, where
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import common
 import figures
+import measures
 from common import COUNT, UserError
 
 HERE = Path(__file__).resolve().parent
@@ -62,6 +64,14 @@ GRIDS = {
     ),
     "overoptimisation": Grid(
         20_480, {f"kl_coef_{price}": f"--kl-coef {price}" for price in (0, 0.02, 0.05, 0.1, 0.2, 0.5)}
+    ),
+    "stability": Grid(
+        10_240,
+        {
+            f"K{epochs}_lr_{lr}": f"--ppo-epochs {epochs} --lr {lr}"
+            for epochs in (1, 2, 4, 8)
+            for lr in ("1e-6", "1e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
+        },
     ),
     "labels": Grid(
         10_240,
@@ -115,7 +125,7 @@ def main() -> None:
                 raise UserError("evaluate_nlg.py failed; call study.py again to go on from there")
     table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*"))])
     table.round(4).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
-    print(table.groupby("variant").mean(numeric_only=True).drop(columns="seed").to_string(float_format="%.3f"))
+    print(measures.summary(table).to_string(float_format="%.3f"))
     print(f"table: {results.with_suffix('.csv')}")
     print(f"figure: {getattr(figures, f'save_{args.grid}')(results)}")
 
@@ -167,17 +177,30 @@ def groups(folders: list[Path]) -> list[list[Path]]:
     return list(alike.values())
 
 
+def collapse(log: pd.DataFrame, evaluation: dict) -> str:
+    """Why a finished run counts as broken, or nothing. Written down before any run of the stability grid."""
+    entropy = {when: found["entropy"] for when, found in evaluation["diversity"].items()}
+    gain, valid = log.improvement_ma, evaluation["gold"]["valid_after"]
+    reasons = {
+        "KL above 20 nats": evaluation["kl"] > 20,
+        "fewer than half of the texts valid": valid is not None and valid < 0.5,
+        "entropy under a tenth of the reference's": entropy["after"] < 0.1 * entropy["before"],
+        "more than half of the gain lost by the end": gain.max() > 0.05 and gain.iloc[-1] < 0.5 * gain.max(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
 def row_of(folder: Path) -> dict:
     """The end of a run."""
     variant, _, seed = folder.name.rpartition("_seed")
     row = {"variant": variant, "seed": int(seed)}
     if (folder / FAILED).exists():
-        return row | {"failed": (folder / FAILED).read_text(encoding="utf-8").strip()}
+        return row | {"broken": (folder / FAILED).read_text(encoding="utf-8").strip()}
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     known = evaluation["kl"] <= evaluation["trusted_up_to_kl"]
     log = pd.read_csv(folder / "log.csv")
     return row | {
-        "failed": "",
+        "broken": collapse(log, evaluation),
         "fraction_of_optimum": evaluation["fraction_of_optimum"] if known else None,
         "score": evaluation["score_after"],
         "kl": evaluation["kl"],

@@ -33,7 +33,7 @@ def test_a_grid_runs_once_and_says_what_failed(home, monkeypatch):
     assert "broken_seed0 failed" in said.stderr + said.stdout
     table = pd.read_csv(home / "data_results" / "ablations.csv").set_index(["variant", "seed"])
     assert table.index.tolist() == [("broken", 0), ("fine", 0)]
-    assert table.failed["broken"].str.startswith("error: --reward models/nowhere").all()
+    assert table.broken["broken"].str.startswith("error: --reward models/nowhere").all()
     assert table.gold_valid.notna().tolist() == [False, True]
 
     monkeypatch.setattr(study, "run_one", None)  # what is finished or has failed is not run again
@@ -46,3 +46,25 @@ def test_an_unknown_variant():
     assert "ablations has no variant 'nothing', only default, constant_kl_coef" in refused(
         "study", "ablations", "--only", "nothing"
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, ""),
+        ({"kl": 21}, "KL above 20 nats"),
+        ({"valid": 0.49}, "fewer than half of the texts valid"),
+        ({"valid": None}, ""),
+        ({"entropy": 0.01}, "entropy under a tenth of the reference's"),
+        ({"gains": [0.1, 0.4, 0.19]}, "more than half of the gain lost by the end"),
+        ({"gains": [0.01, 0.04, -0.1]}, ""),  # there was none to lose
+    ],
+)
+def test_what_counts_as_broken(change, expected):
+    run = {"kl": 1, "valid": 1, "entropy": 0.2, "gains": [0.1, 0.4, 0.21]} | change
+    evaluation = {
+        "kl": run["kl"],
+        "gold": {"valid_after": run["valid"]},
+        "diversity": {"before": {"entropy": 0.23}, "after": {"entropy": run["entropy"]}},
+    }
+    assert study.collapse(pd.DataFrame({"improvement_ma": run["gains"]}), evaluation) == expected
