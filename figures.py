@@ -149,7 +149,8 @@ def save_overoptimisation(results: Path) -> Path:
 def draw_ablations(axes, table: pd.DataFrame) -> None:
     """Share of the optimum of every run, a row a variant, the best on top; bars are means. Failed runs are crosses."""
     means = table.groupby("variant").fraction_of_optimum.mean().sort_values()
-    axes.barh(means.index, means, color=[ORANGE if name == "default" else BLUE for name in means.index], alpha=0.35)
+    colors = [ORANGE if name in ("default", "nothing") else BLUE for name in means.index]
+    axes.barh(means.index, means, color=colors, alpha=0.35)
     for place, name in enumerate(means.index):
         runs = table[table.variant == name]
         axes.plot(runs.fraction_of_optimum, [place] * len(runs), "o", color=GREY, markersize=5, markeredgecolor="white")
@@ -160,9 +161,13 @@ def draw_ablations(axes, table: pd.DataFrame) -> None:
     axes.grid(axis="y", visible=False)
 
 
-def save_ablations(results: Path) -> Path:
+def save_ablations(results: Path, title: str = "One switch at a time") -> Path:
     table = pd.read_csv(results.with_suffix(".csv"))
-    return save(results.with_name(f"fig_{results.name}.png"), "One switch at a time", draw_ablations, table)
+    return save(results.with_name(f"fig_{results.name}.png"), title, draw_ablations, table)
+
+
+def save_details(results: Path) -> Path:
+    return save_ablations(results, "One detail wrong")
 
 
 def draw_labels(axes, table: pd.DataFrame) -> None:

@@ -4,6 +4,7 @@
     python study.py overoptimisation         # runs that go too far on purpose
     python study.py labels                   # what so many answers of simulated people are worth
     python study.py stability --seeds 5      # PPO epochs and learning rates, from idle to broken
+    python study.py details                  # one detail of PPO wrong
     python study.py ablations --cluster slurm --partition gpu
 
 Runs are folders data_results/<grid>/<variant>_seed<seed>; the table of their ends is data_results/<grid>.csv, where
@@ -37,6 +38,7 @@ class Grid(NamedTuple):
     episodes: int  # of a run
     variants: dict[str, str]  # name -> flags of finetuning_nlg.py; {run} stands for the run's name
     evaluation: tuple[str, ...] = ()  # flags of evaluate_nlg.py
+    script: str = "finetuning_nlg.py"
 
 
 ASKED = "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl"
@@ -72,6 +74,14 @@ GRIDS = {
             for epochs in (1, 2, 4, 8)
             for lr in ("1e-6", "1e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
         },
+    ),
+    "details": Grid(
+        10_240,
+        {
+            detail: detail
+            for detail in "nothing dropout temperature positions value_head advantages adam_eps score".split()
+        },
+        script="benchmarks/wrong.py",
     ),
     "labels": Grid(
         10_240,
@@ -114,7 +124,8 @@ def main() -> None:
                 failed.unlink(missing_ok=True)
             if not out.exists() and not failed.exists():  # the model comes last
                 where = f"--results {results} --run {run} --out {out} --episodes {args.episodes or grid.episodes}"
-                waiting[run] = f"{where} --seed {seed} --resume {grid.variants[name].format(run=run)}".split()
+                flags = f"{grid.variants[name].format(run=run)} {where} --seed {seed} --resume"
+                waiting[run] = [str(HERE / grid.script), *flags.split()]
     run_all(args, waiting, results)
 
     finished = [folder for folder in sorted(results.glob("*_seed*")) if not (folder / FAILED).exists()]
@@ -161,9 +172,9 @@ def run_all(args: argparse.Namespace, waiting: dict[str, list[str]], results: Pa
     bar.close()
 
 
-def run_one(flags: list[str], own: dict[str, str]) -> str:
+def run_one(command: list[str], own: dict[str, str]) -> str:
     """In a job: one run with environment variables of its own. Returns nothing, or what it said when it failed."""
-    command = [sys.executable, str(HERE / "finetuning_nlg.py"), *flags]
+    command = [sys.executable, *command]
     done = subprocess.run(command, env=os.environ | own, stderr=subprocess.PIPE, text=True, errors="replace")
     return (done.stderr or f"exit code {done.returncode}") if done.returncode else ""
 

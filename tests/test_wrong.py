@@ -1,0 +1,93 @@
+"""Every wrong detail is wrong in the way that it says."""
+
+import pytest
+import torch
+import wrong
+from conftest import refused
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import optimization
+import policy
+import ppo
+import sampler
+import scoring
+
+PATCHED = [
+    (policy.PolicyWithValue, "__init__"),
+    (policy.PolicyWithValue, "eval"),
+    (policy, "token_logits"),
+    (policy, "position_ids"),
+    (ppo, "token_logits"),
+    (ppo, "whiten"),
+    (ppo, "masked_std"),
+    (sampler, "position_ids"),
+    (optimization, "ADAM_EPS"),
+    (scoring, "normalised"),
+]
+MASK = torch.tensor([[0, 1, 1]])
+
+
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch):
+    for owner, name in PATCHED:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+def new_policy():
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8)
+    config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
+    return policy.PolicyWithValue(GPT2LMHeadModel(config)).eval()
+
+
+def logits_and_values(model, temperature=0.5):
+    with torch.no_grad():
+        return model(torch.tensor([[3, 4, 5]]), MASK, MASK[:, 2:], temperature)
+
+
+def test_the_right_one_is_the_right_one():
+    before = logits_and_values(new_policy())
+    wrong.nothing()
+    assert all(torch.equal(*pair) for pair in zip(before, logits_and_values(new_policy()), strict=True))
+
+
+def test_dropout():
+    wrong.dropout()
+    model = new_policy()
+    assert {layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)} == {0.1}
+    assert not torch.equal(logits_and_values(model)[0], logits_and_values(model)[0])
+
+
+def test_temperature():
+    right = logits_and_values(new_policy(), temperature=0.5)[0]
+    wrong.temperature()
+    torch.testing.assert_close(logits_and_values(new_policy(), temperature=0.5)[0], right / 2)
+
+
+def test_positions():
+    wrong.positions()
+    assert sampler.position_ids(MASK).tolist() == policy.position_ids(MASK).tolist() == [[0, 1, 2]]
+
+
+def test_value_head():
+    assert (logits_and_values(new_policy())[1] == 0).all()
+    wrong.value_head()
+    assert (logits_and_values(new_policy())[1] != 0).all()
+
+
+def test_advantages():
+    wrong.advantages()
+    assert ppo.whiten(torch.tensor([[9.0, 2.0, 4.0]]), MASK).tolist() == [[0, 2, 4]]
+    assert ppo.masked_std(torch.tensor([[9.0, 2.0, 4.0]]), MASK).item() == 1
+
+
+def test_adam_eps_and_score():
+    wrong.adam_eps()
+    assert optimization.ADAM_EPS == 1e-8
+    wrong.score()
+    assert scoring.normalised(5.0, {"score_mean": [1.0], "score_std": [2.0]}) == 5.0
+
+
+def test_an_unknown_detail():
+    assert "is no detail; the first argument is one of nothing, dropout" in refused("wrong", "luck")
