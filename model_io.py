@@ -1,4 +1,4 @@
-"""Models: a small GPT-2 from scratch, folders and hub names, what a policy writes, model cards."""
+"""Models: small ones from scratch, folders and hub names, what a policy writes, model cards."""
 
 import re
 import shutil
@@ -8,10 +8,11 @@ import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    GPT2Config,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -25,7 +26,15 @@ LIMITS = (
     "A research artefact. It knows the texts it was trained on and little else: what it calls ethical is what its "
     "training labels call so, and it can be fooled by texts unlike them. Do not use it to judge people."
 )
-SCRATCH = {"n_layer": 2, "n_head": 4, "n_embd": 128, "n_positions": 256}
+POSITIONS, HEAD = 256, 32  # of a model from scratch: longest text, and width of an attention head
+ARCHITECTURES = {  # what a model from scratch may be, and what is its own in the configuration
+    # its activation is GPT-2's own function under the name of its fused kernel
+    "gpt2": {"activation_function": "gelu_pytorch_tanh", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {"tie_word_embeddings": True},
+    "llama": {"tie_word_embeddings": True},
+}
+SCRATCH = re.compile(rf"scratch(?::({'|'.join(ARCHITECTURES)})(?::([1-9]\d?)x([1-9]\d{{1,3}}))?)?")
+SCRATCH_HELP = "scratch (a GPT-2 of 2 layers of 128), scratch:ARCHITECTURE:LAYERSxWIDTH, a folder or a hub name"
 
 
 def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -49,22 +58,39 @@ def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token="<|endoftext|>",
         pad_token="<|pad|>",
-        model_max_length=SCRATCH["n_positions"],
+        model_max_length=POSITIONS,
     )
 
 
-def scratch_config(tokenizer) -> GPT2Config:
-    """A small GPT-2. Its activation is GPT-2's own function under the name of its fused kernel."""
-    return GPT2Config(
-        **SCRATCH,
+def is_scratch(name: str) -> bool:
+    """Whether a model is to be built from a configuration, such as scratch or scratch:llama:4x256."""
+    if name.partition(":")[0] != "scratch":
+        return False
+    match = SCRATCH.fullmatch(name)
+    if not match or int(match[3] or HEAD) % HEAD:
+        raise UserError(
+            f"--model {name} is no model: give scratch or scratch:ARCHITECTURE:LAYERSxWIDTH, like scratch:llama:4x256, "
+            f"of {', '.join(ARCHITECTURES)} and a width that {HEAD} divides"
+        )
+    return True
+
+
+def scratch_config(tokenizer, name: str = "scratch") -> PretrainedConfig:
+    """A small model, of 2 layers of 128 if the name does not say it otherwise."""
+    kind, layers, width = SCRATCH.fullmatch(name).groups()
+    kind, layers, width = kind or "gpt2", int(layers or 2), int(width or 128)
+    return AutoConfig.for_model(
+        kind,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=width // HEAD,
+        max_position_embeddings=POSITIONS,
         vocab_size=len(tokenizer),
-        activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **ARCHITECTURES[kind],
+        **({} if kind == "gpt2" else {"intermediate_size": 4 * width}),
     )
 
 

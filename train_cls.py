@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn import metrics as sk
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2ForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import checkpoint
 import common
@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
         "--positive-label", help="the label that means positive feedback (default: 1, with 0 the other)"
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="scratch", help="scratch (a small GPT-2), a folder or a hub name")
+    model.add_argument("--model", default="scratch", help=model_io.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder of the results: a copy of metrics.json")
     model.add_argument("--out", default="models/cls", help="folder to write")
     training = parser.add_argument_group("training")
@@ -142,14 +142,14 @@ def load_model(args: argparse.Namespace, texts: list[str], compares: bool):
     """The reward model before training, and its tokenizer."""
     labels = {0: "score"} if compares else LABELS
     outputs = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
-    if args.model != "scratch":
+    if not model_io.is_scratch(args.model):
         return model_io.load_pretrained(
             AutoModelForSequenceClassification, args.model, "--model", num_labels=len(labels), **outputs
         )
     tokenizer = model_io.scratch_tokenizer(texts)
-    config = model_io.scratch_config(tokenizer)
+    config = model_io.scratch_config(tokenizer, args.model)
     config.update({"num_labels": len(labels), **outputs})
-    return GPT2ForSequenceClassification(config), tokenizer
+    return AutoModelForSequenceClassification.from_config(config), tokenizer
 
 
 def learn_language(model, ids: list[list[int]], valid_ids: list[list[int]], pad_id: int, device, **fitting) -> None:
@@ -199,7 +199,7 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     model.to(device)
     longest = min(args.max_length, model_io.longest(model, tokenizer))
     ids = supervised.encode(tokenizer, texts, longest)
-    scratch = args.model == "scratch"
+    scratch = model_io.is_scratch(args.model)
     shared = {
         "batch_size": args.batch_size,
         "muon": (args.optimizer or ("muon" if scratch else "adamw")) == "muon",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 import checkpoint
 import common
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     source = common.add_data_flags(parser, default="data_nlg")
     common.add_gold_flag(source)
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="scratch", help="scratch (a small GPT-2), a folder or a hub name")
+    model.add_argument("--model", default="scratch", help=model_io.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder of the results: a copy of metrics.json")
     model.add_argument("--out", default="models/nlg", help="folder to write")
     training = parser.add_argument_group("training")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
-    scratch = args.model == "scratch"
+    scratch = model_io.is_scratch(args.model)
 
     # data
     texts = data.nlg_texts(args)
@@ -64,7 +64,7 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     # model
     if scratch:
         tokenizer = model_io.scratch_tokenizer(texts["train"])
-        model = GPT2LMHeadModel(model_io.scratch_config(tokenizer))
+        model = AutoModelForCausalLM.from_config(model_io.scratch_config(tokenizer, args.model))
     else:
         model, tokenizer = model_io.load_policy(args.model, "--model")
     tokens = args.query_length + args.response_length

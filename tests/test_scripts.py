@@ -134,6 +134,29 @@ def test_a_result_names_its_commit_and_whether_the_code_was_changed(tmp_path, mo
     assert common.provenance(torch.device("cpu"))["commit"] == f"{commit}-dirty"
 
 
+@pytest.mark.parametrize("name", ["scratch:gpt_neox:1x32", "scratch:llama:1x64"])
+def test_other_architectures(chain, tmp_path, name):
+    _, kind, size = name.split(":")
+    nlg, cls, ppo = (str(tmp_path / part) for part in ("nlg", "cls", "ppo"))
+    to = ["--results", tmp_path, "--epochs", 1]
+    run("train_nlg", "--model", name, "--samples", 8, "--out", nlg, *to, cwd=chain[0])
+    run("train_cls", "--model", nlg, "--optimizer", "muon", "--out", cls, *to, cwd=chain[0])
+    flags = ["--policy", nlg, "--reward", cls, "--out", ppo, "--results", tmp_path, "--run", "run"]
+    run("finetuning_nlg", *TINY_RUN, *flags, cwd=chain[0])
+    config = json.loads((tmp_path / "ppo" / "config.json").read_text())
+    assert (config["model_type"], f"{config['num_hidden_layers']}x{config['hidden_size']}") == (kind, size)
+    assert (pd.read_csv(tmp_path / "run" / "log.csv").ratio_deviation_first < 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["scratch:bloom", "scratch:llama:2x100", "scratch:gpt2:0x64", "scratch:", "scratch:4x256"]
+)
+def test_a_model_that_cannot_be_built(chain, name):
+    assert f"--model {name} is no model: give scratch or scratch:ARCH" in refused(
+        "train_nlg", "--model", name, cwd=chain[0]
+    )
+
+
 def test_any_function_can_be_the_reward(chain, tmp_path):
     (tmp_path / "long.py").write_text("def score(texts):\n    return [len(text.split()) for text in texts]\n")
     run(
