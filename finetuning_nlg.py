@@ -278,7 +278,7 @@ def begin(
     def normalise() -> None:
         if parts.people and args.feedback != "good-bad":  # on the reference its own scores become 0 too, as in [1]
             scoring.normalise(*parts.people, texts)
-        run.update(normalisation(parts.reward, mine, texts))
+        run.update(scoring.normalisation(parts.reward, mine, texts))
         if not parts.people:  # not before: a reward that fails leaves the run before as it was
             run_folder.start(folder)
         write_config(args, run, folder, device)
@@ -326,17 +326,6 @@ def score(
 def write_config(args: argparse.Namespace, run: dict, folder: Path, device: torch.device) -> None:
     normal = {name: run[name] for name in ("score_mean", "score_std", "ethics_before")}
     common.write_json(folder / "config.json", {"settings": vars(args), **normal} | common.provenance(device))
-
-
-def normalisation(reward: list[scoring.Reward], queries: list[str], texts: list[str]) -> dict:
-    """What the reference's texts say for the run, those of all processes together."""
-    mine = scoring.raw_scores(reward, queries, texts)
-    raw = np.array(parallel.gather(mine.tolist()))
-    return {
-        "score_mean": raw.mean(0).tolist(),
-        "score_std": raw.std(0).clip(1e-6).tolist(),
-        "ethics_before": float(scoring.reading(reward, raw).mean()),
-    }
 
 
 def state(run: dict, parts: Parts, folder: Path) -> dict:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import model_io
+import parallel
 from common import UserError, autocast
 
 WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(.+)")
@@ -120,6 +121,17 @@ def reading(parts: list[Reward], raw: np.ndarray) -> np.ndarray:
     """What people read of raw scores [B, parts], [B]: the first part's, a model's as the probability of "positive"."""
     first = raw[:, 0]
     return 1 / (1 + np.exp(-first)) if parts[0].is_model else first
+
+
+def normalisation(reward: list[Reward], queries: list[str], texts: list[str]) -> dict:
+    """What the reference's texts say for the run, those of all processes together."""
+    mine = raw_scores(reward, queries, texts)
+    raw = np.array(parallel.gather(mine.tolist()))
+    return {
+        "score_mean": raw.mean(0).tolist(),
+        "score_std": raw.std(0).clip(1e-6).tolist(),
+        "ethics_before": float(reading(reward, raw).mean()),
+    }
 
 
 def normalised(raw: np.ndarray, run: dict) -> np.ndarray:
