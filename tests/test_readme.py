@@ -45,6 +45,15 @@ def test_every_default_run_passes_its_bar():
         assert found["gold"]["valid_after"] >= found["gold"]["valid_before"] - 0.02
 
 
+def test_the_ablations():
+    share = pd.read_csv(ROOT / "data_results" / "ablations.csv").groupby("variant").fraction_of_optimum.mean()
+    said = (
+        f"twice the learning rate ends at {share['lr_2e-3']:.0%} of the optimum, K = 2 at {share['K2']:.0%}, the default "
+        f"at {share['default']:.0%}, Adam in place of Muon at {share['adam_lr_5e-4']:.0%}"
+    )
+    assert said in re.sub(r"\s+", " ", README)
+
+
 def test_the_models():
     text = re.sub(r"\s+", " ", README)
     test, generator = load("cls_metrics.json")["results"]["test"], load("nlg_metrics.json")["results"]
