@@ -48,8 +48,8 @@ def test_every_default_run_passes_its_bar():
 def test_the_ablations():
     share = pd.read_csv(ROOT / "data_results" / "ablations.csv").groupby("variant").fraction_of_optimum.mean()
     said = (
-        f"twice the learning rate ends at {share['lr_2e-3']:.0%} of the optimum, K = 2 at {share['K2']:.0%}, the default "
-        f"at {share['default']:.0%}, Adam in place of Muon at {share['adam_lr_5e-4']:.0%}"
+        f"twice the learning rate ends at {share['lr_2e-3']:.0%} of the optimum, K = 2 at {share['K2']:.0%}, the "
+        f"default at {share['default']:.0%}, Adam in place of Muon at {share['adam_lr_5e-4']:.0%}"
     )
     assert said in re.sub(r"\s+", " ", README)
 
