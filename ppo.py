@@ -175,7 +175,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
     """Half the squared error, clipped around the rollout's values as in [3], and where the clip binds, [B, R] each."""
-    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    clipped = values.clamp(old_values - clip_range, old_values + clip_range)  # the value itself where it is not clipped
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     return 0.5 * torch.maximum(error, clipped_error), clipped_error > error
 

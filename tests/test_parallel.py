@@ -78,6 +78,12 @@ def part_of(rollout: ppo.Rollout) -> ppo.Rollout:
     return ppo.Rollout(**fields, ref_distribution=rollout.ref_distribution[start:end])
 
 
+def assert_alike(found: dict, expected: dict) -> None:
+    """Equal but for rounding, which may put a token on the other side of a clip."""
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=0.02 if name.endswith("clip_fraction") else 1e-5), name
+
+
 def learn(model, rollout: ppo.Rollout, scores: torch.Tensor, muon: bool) -> dict:
     """Weights and numbers after an update of two passes over this process's rows in three minibatches."""
     torch.manual_seed(1)
@@ -129,7 +135,7 @@ def test_two_processes_make_the_update_of_one(tiny_model, tmp_path, muon):
     scores = torch.randn(12, generator=torch.Generator().manual_seed(0))
     one = learn(tiny_model, rollout, scores, muon)
     for other in in_two_processes(lambda: learn(tiny_model, rollout, scores, muon), tmp_path):
-        assert other["found"] == pytest.approx(one["found"], abs=1e-5)
+        assert_alike(other["found"], one["found"])
         for name, weight in one["weights"].items():
             torch.testing.assert_close(other["weights"][name], weight, atol=2e-6, rtol=1e-5, msg=name)
     moved = [not torch.equal(one["weights"][f"model.{name}"], x) for name, x in tiny_model.state_dict().items()]
@@ -147,7 +153,7 @@ def test_a_process_without_rows_of_a_minibatch_waits_for_the_others(tiny_model, 
     scores = tensor([1.0, -1.0])
     one = learn(tiny_model, rollout, scores, False)
     for other in in_two_processes(lambda: learn(tiny_model, rollout, scores, False), tmp_path):
-        assert other["found"] == pytest.approx(one["found"], abs=1e-5)
+        assert_alike(other["found"], one["found"])
 
 
 def test_shares(monkeypatch):

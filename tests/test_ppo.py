@@ -115,6 +115,14 @@ def test_clipped_value_loss():
     assert clipped.tolist() == [[True, False]]
 
 
+def test_a_value_within_the_clip_range_is_not_clipped_by_rounding():
+    generator = torch.Generator().manual_seed(0)
+    old, values = (0.05 * torch.randn(100, 7, generator=generator).clamp(-1.9, 1.9) for _ in range(2))
+    loss, clipped = ppo.value_loss(values, old, torch.ones(100, 7), 0.2)
+    assert not clipped.any()
+    assert torch.equal(loss, 0.5 * (values - 1) ** 2)
+
+
 def test_explained_variance():
     returns, mask = tensor([[1.0, 3.0, 77.0]]), tensor([[1, 1, 0]])
     assert ppo.explained_variance(returns.clone(), returns, mask) == 1
