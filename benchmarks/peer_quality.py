@@ -119,7 +119,7 @@ def main() -> None:
     for name in args.variants:
         run = f"{name}_seed{args.seed}"
         out = Path("models/peer") / run
-        if not (results / run / "config.json").exists():
+        if not (out / "tokenizer_config.json").exists():  # it comes last
             took = train(VARIANTS[name], config["settings"], config, args.seed, out)
             record = config | {"settings": config["settings"] | {"out": str(out)}, "minutes": took}
             record |= {"trl": VARIANTS[name]} | common.provenance(device)

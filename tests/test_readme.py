@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +53,21 @@ def test_the_ablations():
         f"default at {share['default']:.0%}, Adam in place of Muon at {share['adam_lr_5e-4']:.0%}"
     )
     assert said in re.sub(r"\s+", " ", README)
+
+
+def test_the_peer():
+    table = pd.read_csv(ROOT / "data_results" / "peer.csv")
+    said = [
+        f"| {run.fraction_of_optimum:.1%} | {run.gold_ethical:.1%} | {run.gold_valid:.1%} | {run.kl:.2f} |"
+        for run in table.itertuples()
+    ]
+    part = README.split("<!-- peer -->")[1].split("<!-- /peer -->")[0]
+    assert [row[row.index(" | ") + 1 :] for row in part.splitlines() if row.startswith(("| this", "| TRL"))] == said
+    for run in table.itertuples():
+        folder = run.run if run.run.startswith("K1") else f"peer/{run.run}"
+        assert load(f"{folder}/evaluation.json")["fraction_of_optimum"] == pytest.approx(
+            run.fraction_of_optimum, abs=1e-4
+        )
 
 
 def test_the_models():
