@@ -166,17 +166,22 @@ def fit(
         bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {run['total'] / (count + 1):.3f}", refresh=False)
         if count + 1 == per_epoch:
             model.eval()
-            run["history"].append({"epoch": epoch + 1, "train_loss": run["total"] / per_epoch} | validate())
-            found = run["history"][-1]
+            found = {"epoch": epoch + 1, "train_loss": run["total"] / per_epoch} | validate()
             bar.write(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-            run["total"] = 0.0
-            if run["best"] is None or found[lowest] < run["best"][0]:
-                run["best"] = found[lowest], copy.deepcopy(model.state_dict())
+            end_epoch(run, model, found, lowest)
         run["done"] = step
         keep(step, state)
     model.eval()
     model.load_state_dict(run["best"][1])
     return run["history"]
+
+
+def end_epoch(run: dict, model: nn.Module, found: dict[str, float], lowest: str) -> None:
+    """Notes what was found, and keeps the weights if `lowest` of it is the lowest so far."""
+    run["history"].append(found)
+    run["total"] = 0.0
+    if run["best"] is None or found[lowest] < run["best"][0]:
+        run["best"] = found[lowest], copy.deepcopy(model.state_dict())
 
 
 def restore(saved: dict, model: nn.Module, optimizers: list[torch.optim.Optimizer], order: np.random.Generator) -> dict:
