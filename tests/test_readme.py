@@ -55,6 +55,16 @@ def test_the_ablations():
     assert said in re.sub(r"\s+", " ", README)
 
 
+def test_the_trials_of_one_seed():
+    trials = pd.read_csv(ROOT / "data_results" / "trials.csv").tail(2).fraction_of_optimum_held_out.tolist()
+    default = load("K1_lr_1e-3_seed1/evaluation.json")["fraction_of_optimum"]
+    said = (
+        f"whose default ends at {default:.1%}, twice the learning rate ends at {trials[1]:.1%}, and no critic at all "
+        f"(`--value-coef 0`) at {trials[0]:.1%}"
+    )
+    assert said in re.sub(r"\s+", " ", README)
+
+
 def test_the_peer():
     table = pd.read_csv(ROOT / "data_results" / "peer.csv")
     said = [
