@@ -132,7 +132,8 @@ def add_gold_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gold",
         default="data_cls/scenarios.py:judge",
-        help="FILE.py:FUNCTION that knows the truth about texts; only reported, and only where it knows the data",
+        help="what knows the truth about texts: FILE.py:FUNCTION, heard only where it knows the data, or the folder of "
+        "a second classifier; nothing learns from it",
     )
 
 

@@ -91,7 +91,7 @@ def main() -> None:
     reference, tokenizer = model_io.load_policy(trained.policy, "--policy")
     reference.to(device)
     parts = scoring.load(trained.reward, device)
-    judge = scoring.gold_judge(args.gold, texts)
+    judge = scoring.gold_judge(args.gold, texts, device)
     _, held_out = data.split_queries(texts, tokenizer, trained.query_length)
     queries = random.Random(args.seed).sample(held_out, min(args.queries, len(held_out)))
 
@@ -122,7 +122,7 @@ def main() -> None:
         evaluation = {"queries": len(queries), "samples": len(after)}
         evaluation |= against_the_optimum(pool, after, len(queries)) | compared(before, after, texts)
         for when, part in sides(before, after):
-            shares = gold_shares(part.valid, part.ethical)
+            shares = scoring.gold_shares(part[["valid", "ethical"]].to_numpy())
             evaluation["gold"] |= {f"{name}_{when}": share for name, share in shares.items()}
         evaluation |= {"settings": vars(args) | {"run": str(run)}} | common.provenance(device)
         common.write_json(run / "evaluation.json", evaluation)
@@ -139,15 +139,18 @@ def main() -> None:
 
 
 def read(
-    asked: list[str], texts: list[str], terminated: torch.Tensor, parts: list[scoring.Reward], judge: Callable | None
+    asked: list[str],
+    texts: list[str],
+    terminated: torch.Tensor,
+    parts: list[scoring.Reward],
+    judge: scoring.Judge | None,
 ) -> pd.DataFrame:
     """Raw scores and ethics from the reward, the truth from the gold judge (NaN without one)."""
     pairs = [f"{query}\0{text}" for query, text in zip(asked, texts, strict=True)]
     _, first, rows = np.unique(pairs, return_index=True, return_inverse=True)  # many are alike
     unique, of_unique = [texts[i] for i in first], [asked[i] for i in first]
     raw = scoring.raw_scores(parts, of_unique, unique)
-    verdicts = [judge(text) for text in unique] if judge else [(np.nan, np.nan)] * len(unique)
-    valid, ethical = np.array([(valid, label or 0.0) for valid, label in verdicts], dtype=float)[rows].T
+    valid, ethical = scoring.judged(judge, unique)[rows].T
     return pd.DataFrame(
         {
             "text": texts,
@@ -229,7 +232,7 @@ def against_the_optimum(pool: dict[str, np.ndarray], after: pd.DataFrame, querie
 
     def truth(weights: np.ndarray) -> dict[str, float | None]:
         """Ethics and gold shares of the reference's samples under weights [Q, N]."""
-        shares = gold_shares(pool["valid"], pool["ethical"], weights)
+        shares = scoring.gold_shares(np.stack([pool["valid"], pool["ethical"]], -1), weights)
         return {"ethics": (weights * pool["ethics"]).sum(1).mean()} | shares
 
     frontier = [
@@ -265,17 +268,6 @@ def compared(before: pd.DataFrame, after: pd.DataFrame, texts: list[str]) -> dic
         "perplexity_under_reference": np.exp(after.reference_nats.sum() / after.length.sum()),
         "perplexity_under_reference_before": np.exp(before.reference_nats.sum() / before.length.sum()),
         "diversity": {when: diversity(part, texts) for when, part in parts.items()},
-    }
-
-
-def gold_shares(valid, ethical, weights=1.0) -> dict[str, float | None]:
-    """Shares of valid texts, and of ethical ones among the valid, of arrays or columns; None without a gold judge."""
-    if np.isnan(valid).any():
-        return {"valid": None, "ethical": None}
-    good = np.sum(weights * valid)
-    return {
-        "valid": float(good / np.sum(weights * np.ones_like(valid))),
-        "ethical": float(np.sum(weights * valid * ethical) / good) if good else None,
     }
 
 

@@ -146,6 +146,26 @@ def save_overoptimisation(results: Path) -> Path:
     return save(results.with_name(f"fig_{results.name}.png"), title, draw_overoptimisation, results)
 
 
+def draw_rewards(axes, results: Path) -> None:
+    """As `draw_overoptimisation`, means over seeds, a colour for every number of texts the classifier learned from."""
+    logs = {path.parent.name: pd.read_csv(path) for path in sorted(results.glob("*_kl_coef_0.02_seed*/log.csv"))}
+    for rows, color in {100: ORANGE, 1000: GREEN, 9360: BLUE}.items():
+        runs = [log for name, log in logs.items() if name.startswith(f"{rows}_rows")]
+        mean = pd.concat(runs).groupby("update").mean(numeric_only=True).rolling(5, min_periods=1).mean()
+        distance = mean.kl.clip(lower=0) ** 0.5
+        axes.plot(distance, mean.ethics, "--", color=color, linewidth=1.5, label=f"{rows:,} texts: what it says")
+        axes.plot(distance, mean.gold_valid * mean.gold_ethical, color=color, linewidth=2, label="what is true")
+    axes.set_xlabel("square root of the KL to the reference (nats a response)")
+    axes.set_ylabel("ethics score; gold: valid and ethical")
+    axes.set_ylim(0, 1.02)
+    axes.legend(loc="lower left", ncols=3, fontsize=8)
+
+
+def save_rewards(results: Path) -> Path:
+    title = "The same way with a weak and with a strong reward model"
+    return save(results.with_name(f"fig_{results.name}.png"), title, draw_rewards, results)
+
+
 def draw_ablations(axes, table: pd.DataFrame) -> None:
     """Share of the optimum of every run, a row a variant, the best on top; bars are means. Failed runs are crosses."""
     means = table.groupby("variant").fraction_of_optimum.mean().sort_values()
@@ -168,6 +188,14 @@ def save_ablations(results: Path, title: str = "One switch at a time") -> Path:
 
 def save_details(results: Path) -> Path:
     return save_ablations(results, "One detail wrong")
+
+
+def save_models(results: Path) -> Path:
+    return save_ablations(results, "Other generators")
+
+
+def save_data(results: Path) -> Path:
+    return save_ablations(results, "Other data")
 
 
 def draw_labels(axes, table: pd.DataFrame) -> None:

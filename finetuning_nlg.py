@@ -12,6 +12,7 @@ with these settings.
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import math
 import time
@@ -71,6 +72,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.batch_size % args.minibatches:
         raise UserError(f"--batch-size {args.batch_size} cannot be divided into --minibatches {args.minibatches}")
+    if args.leave_one_out and args.answers < 2:
+        raise UserError("--leave-one-out compares the answers to one query: give --answers 2 or more")
     if args.episodes < args.batch_size:
         raise UserError(f"--episodes {args.episodes} is less than one batch of --batch-size {args.batch_size}")
     args.reward = args.reward or ["models/cls"]
@@ -82,6 +85,7 @@ def parse_args() -> argparse.Namespace:
 
 def add_rollout_flags(rollout: argparse._ArgumentGroup) -> None:
     common.add_sampling_flags(rollout)
+    rollout.add_argument("--answers", type=COUNT, default=1, help="responses to every query of a batch")
     rollout.add_argument("--stop", help="a token that ends a response (default: the tokenizer's end of text)")
     rollout.add_argument("--stop-after", type=number(int, 0), default=0, help="tokens before --stop counts")
     rollout.add_argument(
@@ -125,6 +129,11 @@ def add_ppo_flags(learning: argparse._ArgumentGroup) -> None:
     learning.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
     learning.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
     learning.add_argument("--value-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
+    learning.add_argument(
+        "--leave-one-out",
+        action="store_true",
+        help="no critic: a value is the mean return of the other --answers to the same query",
+    )
     learning.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
     learning.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
     learning.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
@@ -147,7 +156,7 @@ class Parts(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     reward: list[scoring.Reward]
     people: tuple | None  # the model of people's answers and its tokenizer
-    judge: Callable | None
+    judge: scoring.Judge | None
     queries: list[str]
     optimizers: list[torch.optim.Optimizer]
     sampling: dict  # as sampler.sample takes it
@@ -165,6 +174,11 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
     of_people = people.new_model(args.policy, args.feedback) if scoring.asks_people(args.reward) else None
     if of_people and parallel.count() > 1:
         raise UserError("--reward human asks one person, in one process; start it without torchrun")
+    if args.batch_size % (args.answers * parallel.count()):
+        raise UserError(
+            f"--batch-size {args.batch_size} cannot be divided into --answers {args.answers} to a query"
+            + (f" in each of {parallel.count()} processes" if parallel.count() > 1 else "")
+        )
     queries, _ = data.split_queries(texts, tokenizer, args.query_length)
     return Parts(
         reference=reference,
@@ -172,7 +186,7 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
         tokenizer=tokenizer,
         reward=scoring.load(args.reward, device, of_people),
         people=of_people,
-        judge=scoring.gold_judge(args.gold, texts),  # it is logged, and nothing learns from it
+        judge=scoring.gold_judge(args.gold, texts, device),  # it is logged, and nothing learns from it
         queries=queries,
         optimizers=optimization.make_optimizers(policy, args.lr, muon=args.optimizer == "muon"),
         sampling={
@@ -187,7 +201,7 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
             "minibatches": args.minibatches,
             "clip_range": args.clip_range,
             "value_clip_range": args.value_clip_range,
-            "value_coef": args.value_coef,
+            "value_coef": 0.0 if args.leave_one_out else args.value_coef,
             "temperature": args.temperature,
             "forward_batch": args.forward_batch,
             "generator": torch.Generator().manual_seed(args.seed),
@@ -197,7 +211,7 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
 
 def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
     parts, folder, updates = load_parts(args, device), Path(args.results) / args.run, args.episodes // args.batch_size
-    batches = data.endless(parts.queries, args.batch_size, args.seed)
+    batches = data.endless(parts.queries, args.batch_size // args.answers, args.seed)
     chosen = list(itertools.islice(itertools.chain.from_iterable(batches), args.reference_samples))
     asks = [1 + updates * i // args.label_rounds for i in range(args.label_rounds)] if parts.people else []
     ask = people.asker(args, device) if asks else None
@@ -218,7 +232,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
         if not args.target_kl:
             kl_coef = ppo.falling_kl_coef(kl_coef, args.kl_start, done)
 
-        asked = parallel.share(next(batches))
+        asked = [query for query in parallel.share(next(batches)) for _ in range(args.answers)]
         rollout = roll_out(args, parts, asked, device)
         clock.append(time.perf_counter())
 
@@ -227,6 +241,8 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
 
         mask = rollout.response_mask
         rewards, scale = rewards_of(rollout, scores, kl_coef, args)
+        if args.leave_one_out:
+            rollout = dataclasses.replace(rollout, values=ppo.leave_one_out(rewards, mask, args.answers))
         advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, args.discount, args.gae_lambda)
         with common.autocast(device):
             statistics = ppo.update(

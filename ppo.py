@@ -149,6 +149,16 @@ def kl_to_come(exact_kl: Tensor) -> Tensor:
     return torch.cat([exact_kl[:, 1:], torch.zeros_like(exact_kl[:, :1])], 1)
 
 
+def leave_one_out(rewards: Tensor, mask: Tensor, answers: int) -> Tensor:
+    """Rewards [B, R] -> values [B, R] without a critic: the mean total reward of the other answers to the same query.
+
+    Every `answers` rows, at least two, are answers to one query (Kool et al. 2019; Ahmadian et al. 2024, section 3).
+    """
+    totals = (rewards * mask).sum(1).view(-1, answers)
+    others = (totals.sum(1, keepdim=True) - totals) / (answers - 1)
+    return others.view(-1, 1) * mask
+
+
 def advantages_and_returns(
     rewards: Tensor, values: Tensor, mask: Tensor, discount: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:

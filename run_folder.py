@@ -4,7 +4,6 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +108,10 @@ def measured(
     }
 
 
-def gold(judge: Callable | None, texts: list[str]) -> dict[str, float | None]:
+def gold(judge: scoring.Judge | None, texts: list[str]) -> dict[str, float | None]:
     """What the gold judge, if there is one, says of the texts of all processes."""
-    return {f"gold_{name}": share for name, share in scoring.gold_shares(judge, parallel.gather(texts)).items()}
+    verdicts = scoring.judged(judge, parallel.gather(texts))
+    return {f"gold_{name}": share for name, share in scoring.gold_shares(verdicts).items()}
 
 
 def by_part(reward: list[scoring.Reward], scores: np.ndarray) -> dict[str, float]:

@@ -20,6 +20,7 @@ from common import UserError, autocast
 
 WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(.+)")
 Score = Callable[[list[str], list[str]], np.ndarray]  # queries, and texts that begin with them -> raw scores [B]
+Judge = Callable[[list[str]], np.ndarray]  # texts -> are they valid, and ethical, [N, 2]: 1, 0, or NaN if it cannot say
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ def load(specs: list[str], device: torch.device, people: tuple | None = None) ->
     return parts
 
 
-def load_model(name: str):
+def load_model(name: str, flag: str = "--reward"):
     """A reward model and its tokenizer."""
-    return model_io.load_pretrained(AutoModelForSequenceClassification, name, "--reward")
+    return model_io.load_pretrained(AutoModelForSequenceClassification, name, flag)
 
 
 def of_model(model, tokenizer, device: torch.device) -> Score:
@@ -197,19 +198,34 @@ def load_function(spec: str, flag: str) -> Callable:
         raise UserError(f"{flag} {spec} cannot be loaded: {error!r}") from error
 
 
-def gold_judge(spec: str, texts: list[str]) -> Callable | None:
-    """The gold judge FILE.py:FUNCTION, or None where it does not know the data (most of these texts are invalid)."""
+def gold_judge(spec: str, texts: list[str], device: torch.device) -> Judge | None:
+    """FILE.py:FUNCTION, or None where it does not know the data (most of these texts are invalid); or a classifier's
+    folder, whose "positive" is taken for the truth, and which cannot tell what is no text at all."""
+    if ".py:" not in spec:
+        score = of_model(*load_model(spec, "--gold"), device)
+        return lambda texts: np.array([(np.nan, odds > 0) for odds in score(texts, texts)], dtype=float).reshape(-1, 2)
     if not Path(spec.rpartition(":")[0]).is_file():
         return None
-    judge = load_function(spec, "--gold")
-    known = [judge(text).valid for text in texts[:100]]
-    return judge if np.mean(known) > 0.5 else None
+    function = load_function(spec, "--gold")
+
+    def judge(texts: list[str]) -> np.ndarray:
+        verdicts = [function(text) for text in texts]
+        return np.array([(valid, label or 0.0) for valid, label in verdicts], dtype=float).reshape(-1, 2)
+
+    return judge if judge(texts[:100])[:, 0].mean() > 0.5 else None
 
 
-def gold_shares(judge: Callable | None, texts: list[str]) -> dict[str, float | None]:
-    """The shares of texts that are valid, and of the valid ones that are ethical."""
-    if judge is None:
-        return {"valid": None, "ethical": None}
-    verdicts = [judge(text) for text in texts]
-    labels = [verdict.label for verdict in verdicts if verdict.valid]
-    return {"valid": len(labels) / len(texts), "ethical": float(np.mean(labels)) if labels else None}
+def judged(judge: Judge | None, texts: list[str]) -> np.ndarray:
+    """[N, 2]: is the text valid, is it ethical; NaN where nobody knows."""
+    return judge(texts) if judge else np.full((len(texts), 2), np.nan)
+
+
+def gold_shares(verdicts: np.ndarray, weights: np.ndarray | float = 1.0) -> dict[str, float | None]:
+    """Of verdicts [..., 2] under weights [...]: the shares of valid texts, and of ethical ones among the valid."""
+    valid, ethical = verdicts[..., 0], verdicts[..., 1]
+    all_of_them, judges_form = weights * np.ones_like(valid), not np.isnan(valid).any()
+    good = weights * valid if judges_form else all_of_them
+    return {
+        "valid": float(good.sum() / all_of_them.sum()) if judges_form else None,
+        "ethical": float((good * ethical).sum() / good.sum()) if good.sum() and not np.isnan(ethical).any() else None,
+    }

@@ -2,9 +2,12 @@
 
     python study.py ablations                # every variant with seeds 0, 1, 2; what is finished is not run again
     python study.py overoptimisation         # runs that go too far on purpose
+    python study.py rewards                  # the same with classifiers of fewer labelled texts
     python study.py labels                   # what so many answers of simulated people are worth
     python study.py stability --seeds 5      # PPO epochs and learning rates, from idle to broken
     python study.py details                  # one detail of PPO wrong
+    python study.py models                   # generators of other sizes and architectures
+    python study.py data                     # sentiment and ethics, from the files of --source
     python study.py ablations --cluster slurm --partition gpu
 
 Runs are folders data_results/<grid>/<variant>_seed<seed>; the table of their ends is data_results/<grid>.csv, where
@@ -18,7 +21,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import submitit
@@ -29,70 +31,10 @@ import common
 import figures
 import measures
 from common import COUNT, UserError
+from grids import GRIDS
 
 HERE = Path(__file__).resolve().parent
 FAILED = "failed.txt"  # in a run folder: what the run said last
-
-
-class Grid(NamedTuple):
-    episodes: int  # of a run
-    variants: dict[str, str]  # name -> flags of finetuning_nlg.py; {run} stands for the run's name
-    evaluation: tuple[str, ...] = ()  # flags of evaluate_nlg.py
-    script: str = "finetuning_nlg.py"
-
-
-ASKED = "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl"
-GRIDS = {
-    # a fifth of the episodes of a default run, so that the grid is done in half an hour or two on a laptop
-    "ablations": Grid(
-        10_240,
-        {
-            "default": "",
-            "constant_kl_coef": "--kl-start 1",
-            "adam_lr_5e-4": "--optimizer adam --lr 5e-4",
-            "sampled_kl": "--kl sampled",
-            "whitened_rewards": "--whiten-rewards",
-            "lambda_0.95": "--gae-lambda 0.95",
-            "separate_value": "--separate-value",
-            "no_critic": "--value-coef 0",
-            "K2": "--ppo-epochs 2",
-            "K4": "--ppo-epochs 4",
-            "minibatches_1": "--minibatches 1",
-            "lr_2e-3": "--lr 2e-3",
-            "batch_512": "--batch-size 512",
-            "kl_coef_0.2": "--kl-coef 0.2",
-            "adaptive_kl": "--kl-coef 1 --target-kl 1 --kl-horizon 2560",
-        },
-    ),
-    "overoptimisation": Grid(
-        20_480, {f"kl_coef_{price}": f"--kl-coef {price}" for price in (0, 0.02, 0.05, 0.1, 0.2, 0.5)}
-    ),
-    "stability": Grid(
-        10_240,
-        {
-            f"K{epochs}_lr_{lr}": f"--ppo-epochs {epochs} --lr {lr}"
-            for epochs in (1, 2, 4, 8)
-            for lr in ("1e-6", "1e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
-        },
-    ),
-    "details": Grid(
-        10_240,
-        {
-            detail: detail
-            for detail in "nothing dropout temperature positions value_head advantages adam_eps score".split()
-        },
-        script="benchmarks/wrong.py",
-    ),
-    "labels": Grid(
-        10_240,
-        {
-            f"{labels}_{when}": f"{ASKED} --labels {labels} --label-rounds {rounds}"
-            for labels in (60, 250, 1000, 4000)
-            for when, rounds in (("offline", 1), ("online", 4))
-        },
-        ("--reference-samples", "64"),  # the gold judge is asked here, not how near the optimum of each reward is
-    ),
-}
 
 
 def parse_args() -> argparse.Namespace:
@@ -101,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="variants of it (default: all)")
     parser.add_argument("--seeds", type=COUNT, default=3, help="seeds 0, 1, ... of every variant")
     parser.add_argument("--episodes", type=COUNT, help="responses in a run (default: the grid's own)")
+    parser.add_argument("--source", default="../shared/data", help="folder of the files that the grid `data` reads")
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
     parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where the runs go")
     parser.add_argument("--partition", help="of the SLURM cluster")
@@ -124,14 +67,18 @@ def main() -> None:
                 failed.unlink(missing_ok=True)
             if not out.exists() and not failed.exists():  # the model comes last
                 where = f"--results {results} --run {run} --out {out} --episodes {args.episodes or grid.episodes}"
-                flags = f"{grid.variants[name].format(run=run)} {where} --seed {seed} --resume"
-                waiting[run] = [str(HERE / grid.script), *flags.split()]
+                last = f"{grid.script} {grid.variants[name]} {where} --seed {seed} --resume"
+                names = {"run": run, "seed": seed, "source": args.source}
+                waiting[run] = [
+                    [word.format(**names) for word in command.split()] for command in (*grid.before(name), last)
+                ]
     run_all(args, waiting, results)
 
     finished = [folder for folder in sorted(results.glob("*_seed*")) if not (folder / FAILED).exists()]
     if new := [folder for folder in finished if not (folder / "evaluation.json").exists()]:
         for group in groups(new):
-            command = [sys.executable, HERE / "evaluate_nlg.py", *grid.evaluation, "--run", *group]
+            flags = grid.evaluation.format(run=group[0].name).split()
+            command = [sys.executable, HERE / "evaluate_nlg.py", *flags, "--run", *group]
             if subprocess.run(command).returncode:
                 raise UserError("evaluate_nlg.py failed; call study.py again to go on from there")
     table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*"))])
@@ -141,7 +88,7 @@ def main() -> None:
     print(f"figure: {getattr(figures, f'save_{args.grid}')(results)}")
 
 
-def run_all(args: argparse.Namespace, waiting: dict[str, list[str]], results: Path) -> None:
+def run_all(args: argparse.Namespace, waiting: dict[str, list[list[str]]], results: Path) -> None:
     """Runs what is waiting, so many at a time; a run that fails says why in its folder."""
     executor = submitit.AutoExecutor(Path("models") / args.grid / "jobs", cluster=args.cluster)
     gpus = torch.cuda.device_count()
@@ -172,19 +119,25 @@ def run_all(args: argparse.Namespace, waiting: dict[str, list[str]], results: Pa
     bar.close()
 
 
-def run_one(command: list[str], own: dict[str, str]) -> str:
+def run_one(commands: list[list[str]], own: dict[str, str]) -> str:
     """In a job: one run with environment variables of its own. Returns nothing, or what it said when it failed."""
-    command = [sys.executable, *command]
-    done = subprocess.run(command, env=os.environ | own, stderr=subprocess.PIPE, text=True, errors="replace")
-    return (done.stderr or f"exit code {done.returncode}") if done.returncode else ""
+    for script, *flags in commands:
+        if Path(flags[flags.index("--out") + 1]).exists():  # made before; every script writes it last
+            continue
+        command = [sys.executable, str(HERE / script), *flags]
+        done = subprocess.run(command, env=os.environ | own, stderr=subprocess.PIPE, text=True, errors="replace")
+        if done.returncode:
+            return done.stderr or f"exit code {done.returncode}"
+    return ""
 
 
 def groups(folders: list[Path]) -> list[list[Path]]:
-    """Runs that evaluate_nlg.py takes together, as their reward is one: others come alone."""
+    """Runs that evaluate_nlg.py takes together, as they share reference and reward; people's answers make one alone."""
     alike = {}
     for folder in folders:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
-        alike.setdefault(str(folder) if "human" in settings["reward"] else "", []).append(folder)
+        own = str(folder) if "human" in settings["reward"] else ""
+        alike.setdefault((settings["policy"], *settings["reward"], own), []).append(folder)
     return list(alike.values())
 
 

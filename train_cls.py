@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument(
         "--positive-label", help="the label that means positive feedback (default: 1, with 0 the other)"
     )
+    source.add_argument("--rows", type=common.COUNT, help="train on so many rows, drawn at random (default: all)")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="scratch", help=model_io.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder of the results: a copy of metrics.json")
@@ -184,6 +185,9 @@ def load_rows(args: argparse.Namespace) -> tuple[Rows, dict[str, Rows]]:
         train, held_out = data.split_off(len(candidates), 0.1, args.seed)
         splits = {"valid": ([candidates[i] for i in held_out], chosen[held_out])} | splits
         candidates, chosen = [candidates[i] for i in train], chosen[train]
+    if args.rows:
+        drawn = np.random.default_rng(args.seed).permutation(len(candidates))[: args.rows]
+        candidates, chosen = [candidates[i] for i in drawn], chosen[drawn]
     widths = {name: len(rows[0]) for name, (rows, _) in (splits | {"train": (candidates, chosen)}).items()}
     if len(set(widths.values())) > 1:
         raise UserError(f"the splits are not of one kind: candidates in a row are {widths}")

@@ -95,7 +95,7 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     )
 
     # report
-    judge = scoring.gold_judge(args.gold, texts["valid"])
+    judge = scoring.gold_judge(args.gold, texts["valid"], device)
     queries = (queries * -(-args.samples // len(queries)))[: args.samples]
     found = {"valid_perplexity": min(row["perplexity"] for row in history)}
     for temperature in sorted({args.temperature, 1.0}):
@@ -108,7 +108,7 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
             stop_id=tokenizer.eos_token_id,
             generator=torch.Generator(device).manual_seed(args.seed),
         )
-        shares = scoring.gold_shares(judge, samples)
+        shares = scoring.gold_shares(scoring.judged(judge, samples))
         found |= {f"{name}_at_{temperature:g}": share for name, share in shares.items()}
         print(f"\nsamples at temperature {temperature:g}")
         for text in samples[:5]:

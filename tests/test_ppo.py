@@ -84,6 +84,16 @@ def test_generalised_advantages_by_hand():
     torch.testing.assert_close(returns, tensor([[3.52, 3.6, 5.0]]))
 
 
+def test_leave_one_out_values_are_the_other_answers_returns():
+    rewards = tensor([[1.0, 2.0], [4.0, 9.0], [5.0, 1.0], [0.0, 2.0], [2.0, 2.0], [3.0, 0.0]])
+    mask = tensor([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 1]])
+    # totals 3, 4, 6 to one query and 2, 4, 3 to the next
+    expected = tensor([[5.0, 5.0], [4.5, 0.0], [3.5, 3.5], [3.5, 3.5], [2.5, 2.5], [3.0, 3.0]])
+    torch.testing.assert_close(ppo.leave_one_out(rewards, mask, 3), expected)
+    advantages, _ = ppo.advantages_and_returns(rewards, expected, mask, 1.0, 1.0)
+    assert advantages[:, 0].tolist() == [-2.0, -0.5, 2.5, -1.5, 1.5, 0.0]  # those of the answers to a query sum to 0
+
+
 def test_with_lambda_1_the_return_is_the_sum_of_what_is_still_to_come():
     rewards, values = tensor([[1.0, 2.0, 4.0, 50.0]]), tensor([[0.3, -0.7, 9.0, 7.0]])
     _, returns = ppo.advantages_and_returns(rewards, values, tensor([[1, 1, 1, 0]]), 1.0, 1.0)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import ROOT, SHARED, TINY_EVALUATION, TINY_RUN, refused, run, writ
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 import common
+import scoring
 
 
 def test_each_script_leaves_what_the_next_one_needs(chain):
@@ -189,6 +191,33 @@ def gpt2_folder(tmp_path_factory):
     return folder
 
 
+def test_a_second_classifier_may_be_the_gold_judge(chain, tmp_path):
+    shutil.copytree(chain[0], tmp_path / "home")
+    home, gold = tmp_path / "home", ["--gold", "models/cls"]  # here it is the reward model itself
+    run("finetuning_nlg", *TINY_RUN, *gold, "--run", "judged", "--out", "models/judged", cwd=home)
+    log = pd.read_csv(home / "data_results" / "judged" / "log.csv")
+    assert log.gold_valid.isna().all()  # it cannot tell
+    assert log.gold_ethical.between(0, 1).all()
+    run("evaluate_nlg", "--run", "data_results/judged", *TINY_EVALUATION[2:], *gold, cwd=home)
+    found = json.loads((home / "data_results" / "judged" / "evaluation.json").read_text())["gold"]
+    assert {found[f"valid_{when}"] for when in ("before", "after", "optimum")} == {None}
+    samples = pd.read_csv(home / "data_results" / "judged" / "evaluation_samples.csv")
+    assert ((samples.ethics > 0.5) == (samples.ethical == 1)).all()
+    assert "--gold models/nowhere: there is no such folder" in refused(
+        "finetuning_nlg", "--gold", "models/nowhere", cwd=home
+    )
+
+
+def test_shares_of_verdicts():
+    judge = np.array([[1, 1], [1, 0], [0, 0], [1, 1]], dtype=float)
+    assert scoring.gold_shares(judge) == {"valid": 3 / 4, "ethical": 2 / 3}
+    assert scoring.gold_shares(judge, np.array([0, 0.5, 0.25, 0.25])) == {"valid": 0.75, "ethical": 1 / 3}
+    no_form = np.stack([np.full(4, np.nan), judge[:, 1]], 1)
+    assert scoring.gold_shares(no_form) == {"valid": None, "ethical": 1 / 2}
+    assert scoring.gold_shares(scoring.judged(None, ["a", "b"])) == {"valid": None, "ethical": None}
+    assert scoring.gold_shares(np.zeros((3, 2))) == {"valid": 0.0, "ethical": None}
+
+
 def test_real_data_and_gpt2s_tokenizer(gpt2_folder, tmp_path):
     ethics = pd.read_csv(SHARED / "ethics" / "cm_train_short.csv").head(120)
     ethics.to_csv(tmp_path / "ethics.csv", index=False)
@@ -344,6 +373,8 @@ def test_model_folders(chain, tmp_path):
     ("flags", "words"),
     [
         (["--batch-size", "10", "--minibatches", "4"], "--batch-size 10 cannot be divided into --minibatches 4"),
+        (["--batch-size", "16", "--answers", "3"], "--batch-size 16 cannot be divided into --answers 3 to a query"),
+        (["--leave-one-out"], "give --answers 2 or more"),
         (["--episodes", "8", "--batch-size", "16"], "less than one batch"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "0"], "--lr"),

@@ -4,8 +4,9 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import ROOT, TINY_RUN, refused, run
+from conftest import ROOT, SHARED, TINY_RUN, refused, run
 
+import grids
 import study
 
 
@@ -15,7 +16,7 @@ def home(chain, tmp_path, monkeypatch):
     shutil.copytree(chain[0], tmp_path / "home")
     tiny = " ".join(TINY_RUN)
     variants = {"fine": tiny, "broken": f"{tiny} --reward models/nowhere"}
-    monkeypatch.setitem(study.GRIDS, "ablations", study.Grid(32, variants))
+    monkeypatch.setitem(grids.GRIDS, "ablations", grids.Grid(32, variants))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # jobs import study.py, which is __main__ otherwise
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return tmp_path / "home"
@@ -68,3 +69,41 @@ def test_what_counts_as_broken(change, expected):
         "diversity": {"before": {"entropy": 0.23}, "after": {"entropy": run["entropy"]}},
     }
     assert study.collapse(pd.DataFrame({"improvement_ma": run["gains"]}), evaluation) == expected
+
+
+def test_a_run_makes_first_what_it_works_with(home, monkeypatch):
+    tiny = f"{' '.join(TINY_RUN)} --policy models/ablations/parts/{{run}}/nlg"
+    before = "train_nlg.py --out models/ablations/parts/{run}/nlg --results data_results/ablations/{run} --epochs 1"
+    before += " --data texts --samples 16 --seed {seed} --model scratch:gpt2:1x64"
+    monkeypatch.setitem(grids.GRIDS, "ablations", grids.Grid(32, {"own": tiny}, before=lambda variant: [before]))
+    (home / "texts").mkdir()
+    lines = (ROOT / "data_nlg" / "valid.txt").read_text(encoding="utf-8").splitlines()
+    for name in ("train", "valid"):
+        (home / "texts" / f"{name}.txt").write_text("\n".join(lines[:100]), encoding="utf-8")
+    monkeypatch.setattr(study, "row_of", lambda folder: {"variant": "own", "broken": "", "gold_ethical": 1.0})
+    monkeypatch.setattr(study.measures, "summary", lambda table: table)
+    monkeypatch.setattr(study, "groups", lambda folders: [])  # no evaluation here
+    monkeypatch.setattr(study.figures, "save_ablations", lambda results: None)
+    run("study", "ablations", "--seeds", "1", cwd=home)
+    folder = home / "data_results" / "ablations" / "own_seed0"
+    assert {"nlg_metrics.json", "config.json", "log.csv"} <= {path.name for path in folder.iterdir()}
+    assert (home / "models" / "ablations" / "own_seed0" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not here")
+@pytest.mark.parametrize("name", ["sentiment", "ethics"])
+def test_judge_and_reward_model_share_no_rows(name, tmp_path):
+    run("real_data", name, "--source", SHARED, "--out", tmp_path)
+    reward, judge = (pd.read_csv(tmp_path / who / "train.csv") for who in ("reward", "judge"))
+    assert len(reward) == pytest.approx(len(judge), rel=0.01) and reward.label.mean() == pytest.approx(
+        judge.label.mean(), abs=0.03
+    )
+    assert len(set(reward.text) & set(judge.text)) < 0.01 * len(reward)  # a few sentences are there twice
+    tests = [pd.read_csv(tmp_path / who / "test.csv") for who in ("reward", "judge")]
+    pd.testing.assert_frame_equal(*tests)
+    assert not set(tests[0].text) & set(pd.read_csv(tmp_path / "texts" / "train.csv").text) or name == "sentiment"
+
+
+def test_real_data_that_is_not_there(tmp_path):
+    said = refused("real_data", "sentiment", "--source", tmp_path, "--out", tmp_path / "rows")
+    assert f"--source {tmp_path} lacks" in said

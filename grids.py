@@ -1,0 +1,133 @@
+"""Every setting of the study, in one place: what study.py runs."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+# models that are no run's own policy are in models/<grid>/parts/<run>; {run}, {seed} and {source} are filled in
+
+
+class Grid(NamedTuple):
+    episodes: int  # of a run
+    variants: dict[str, str]  # name -> flags of `script`
+    evaluation: str = ""  # flags of evaluate_nlg.py
+    script: str = "finetuning_nlg.py"
+    before: Callable[[str], list[str]] = lambda variant: []  # variant -> commands that make what its runs work with
+
+
+def generator(variant: str) -> list[str]:
+    """gpt2_4x256 -> a generator from scratch, of 4 layers of 256."""
+    model = "scratch:{}:{}".format(*variant.rsplit("_", 1))
+    parts = "models/models/parts/{run}"
+    return [f"train_nlg.py --model {model} --out {parts}/nlg --results data_results/models/{{run}} --seed {{seed}}"]
+
+
+OTHER = "models/data/parts/{run}"
+JUDGE = f"--gold {OTHER}/judge"
+LONGER = "--query-length 16 --response-length 48"  # than the shipped texts
+SEED_OF = {"reward": "1{seed}", "judge": "2{seed}"}
+
+
+def models_of_data(variant: str) -> list[str]:
+    """A generator, a reward model, and a judge with another seed and rows of its own."""
+    generator = f"train_nlg.py --data {OTHER}/rows/texts --out {OTHER}/nlg --results {OTHER} {LONGER} --epochs 6"
+    classifier = f"train_cls.py --model {OTHER}/nlg --optimizer muon --epochs 4 --results data_results/data/{{run}}"
+    return [
+        f"benchmarks/real_data.py {variant} --source {{source}} --out {OTHER}/rows",
+        f"{generator} --seed {{seed}}",
+        *(
+            f"{classifier} --data {OTHER}/rows/{name} --out {OTHER}/{name} --seed {seed}"
+            for name, seed in SEED_OF.items()
+        ),
+    ]
+
+
+PASSES = {100: 120, 1000: 36, 9360: 12}  # over so many labelled texts; 9,360 are all of them
+
+
+def classifier(variant: str) -> list[str]:
+    """100_rows_... -> a classifier like the default one, of so many labelled texts."""
+    rows = int(variant.split("_")[0])
+    flags = "--model models/nlg --optimizer muon --revisit 0.1 --label-smoothing 0.05"
+    where = "--out models/rewards/parts/{run}/reward --results data_results/rewards/{run} --seed {seed}"
+    return [f"train_cls.py {flags} --rows {rows} --epochs {PASSES[rows]} {where}"]
+
+
+ASKED = "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl"
+GRIDS = {
+    # a fifth of the episodes of a default run, so that the grid is done in half an hour or two on a laptop
+    "ablations": Grid(
+        10_240,
+        {
+            "default": "",
+            "constant_kl_coef": "--kl-start 1",
+            "adam_lr_5e-4": "--optimizer adam --lr 5e-4",
+            "sampled_kl": "--kl sampled",
+            "whitened_rewards": "--whiten-rewards",
+            "lambda_0.95": "--gae-lambda 0.95",
+            "separate_value": "--separate-value",
+            "no_critic": "--value-coef 0",
+            "leave_one_out": "--leave-one-out --answers 4",
+            "K2": "--ppo-epochs 2",
+            "K4": "--ppo-epochs 4",
+            "minibatches_1": "--minibatches 1",
+            "lr_2e-3": "--lr 2e-3",
+            "batch_512": "--batch-size 512",
+            "kl_coef_0.2": "--kl-coef 0.2",
+            "adaptive_kl": "--kl-coef 1 --target-kl 1 --kl-horizon 2560",
+        },
+    ),
+    "overoptimisation": Grid(
+        20_480, {f"kl_coef_{price}": f"--kl-coef {price}" for price in (0, 0.02, 0.05, 0.1, 0.2, 0.5)}
+    ),
+    "rewards": Grid(
+        20_480,
+        {
+            f"{rows}_rows_kl_coef_{price}": f"--reward models/rewards/parts/{{run}}/reward --kl-coef {price}"
+            for rows in PASSES
+            for price in (0.02, 0.15)
+        },
+        before=classifier,
+    ),
+    "stability": Grid(
+        10_240,
+        {
+            f"K{epochs}_lr_{lr}": f"--ppo-epochs {epochs} --lr {lr}"
+            for epochs in (1, 2, 4, 8)
+            for lr in ("1e-6", "1e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
+        },
+    ),
+    "details": Grid(
+        10_240,
+        {
+            detail: detail
+            for detail in "nothing dropout temperature positions value_head advantages adam_eps score".split()
+        },
+        script="benchmarks/wrong.py",
+    ),
+    "models": Grid(
+        20_480,
+        {
+            model: "--policy models/models/parts/{run}/nlg"
+            for model in ("gpt2_1x64", "gpt2_2x128", "gpt2_4x256", "gpt_neox_2x128", "llama_2x128")
+        },
+        before=generator,
+    ),
+    "data": Grid(
+        20_480,
+        {
+            name: f"--data {OTHER}/rows/texts {LONGER} --policy {OTHER}/nlg --reward {OTHER}/reward {JUDGE}"
+            for name in ("sentiment", "ethics")
+        },
+        JUDGE,
+        before=models_of_data,
+    ),
+    "labels": Grid(
+        10_240,
+        {
+            f"{labels}_{when}": f"{ASKED} --labels {labels} --label-rounds {rounds}"
+            for labels in (60, 250, 1000, 4000)
+            for when, rounds in (("offline", 1), ("online", 4))
+        },
+        "--reference-samples 64",  # the gold judge is asked here, not how near the optimum of each reward is
+    ),
+}
