@@ -77,6 +77,9 @@ def test_the_peer():
     ]
     part = README.split("<!-- peer -->")[1].split("<!-- /peer -->")[0]
     assert [row[row.index(" | ") + 1 :] for row in part.splitlines() if row.startswith(("| this", "| TRL"))] == said
+    minutes = table.set_index("run").minutes
+    took = f"took {minutes['trl_our_settings_seed0']:.1f} minutes, ours {minutes['K1_lr_1e-3_seed0']:.1f}"
+    assert took in re.sub(r"\s+", " ", part)
     for run in table.itertuples():
         folder = run.run if run.run.startswith("K1") else f"peer/{run.run}"
         assert load(f"{folder}/evaluation.json")["fraction_of_optimum"] == pytest.approx(
