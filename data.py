@@ -118,9 +118,10 @@ def comparisons(rows: datasets.Dataset) -> tuple[list[list[str]], np.ndarray] | 
         return None
     candidates = []
     for number, row in enumerate(rows, 1):
-        if any(not row[name] for name in samples):
+        whole = [f"{row.get(begin) or ''}{row[name] or ''}" for name in samples]  # an answer itself may be empty
+        if any(row[name] is None for name in samples) or not all(text.strip() for text in whole):
             raise UserError(f"row {number} lacks a candidate; give all of {', '.join(samples)}, or take it out")
-        candidates.append([f"{row.get(begin) or ''}{row[name]}" for name in samples])
+        candidates.append(whole)
     return candidates, best
 
 

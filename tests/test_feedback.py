@@ -247,6 +247,10 @@ def test_columns_of_comparisons(tmp_path):
     assert read("b.csv", "prompt,chosen,rejected\nI am, good, bad\n")[0] == [["I am good", "I am bad"]]
     candidates, best = read("c.csv", "query,sample0,sample1,sample2,best\nI,a,b,c,2\n")
     assert (candidates, best.tolist()) == ([["Ia", "Ib", "Ic"]], [2])
+    empty = '{"query": "I", "sample0": "", "sample1": " do", "best": 0}\n'  # a policy may end at once
+    assert read("f.jsonl", empty)[0] == [["I", "I do"]]
+    with pytest.raises(UserError, match="row 1 lacks a candidate"):
+        read("g.jsonl", empty.replace('"I"', '""'))
     assert read("d.csv", "text,label\na,1\n") is None
     with pytest.raises(UserError, match="row 1: best must be a number from 0 to 1, the place of a sample"):
         read("e.csv", "query,sample0,sample1,best\nI,a,b,2\n")

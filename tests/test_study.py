@@ -1,8 +1,10 @@
 """Grids of runs, with runs of a second."""
 
+import json
 import shutil
 
 import pandas as pd
+import preferences
 import pytest
 from conftest import ROOT, SHARED, TINY_RUN, refused, run
 
@@ -107,3 +109,17 @@ def test_judge_and_reward_model_share_no_rows(name, tmp_path):
 def test_real_data_that_is_not_there(tmp_path):
     said = refused("real_data", "sentiment", "--source", tmp_path, "--out", tmp_path / "rows")
     assert f"--source {tmp_path} lacks" in said
+
+
+def test_the_gold_judges_comparisons_are_learned_from_and_tested_on_other_queries(home, monkeypatch):
+    flags = "--model models/nlg --optimizer muon --epochs 1"
+    monkeypatch.setitem(preferences.FLAGS, "shipped", flags)
+    run("preferences", "shipped", "--comparisons", 40, cwd=home)
+    rows = {
+        name: pd.read_json(home / f"models/preferences/shipped/rows/{name}.jsonl", lines=True)
+        for name in ("train", "test")
+    }
+    assert [len(rows["train"]), len(rows["test"])] == [40, 10]
+    assert not set(rows["train"]["query"]) & set(rows["test"]["query"])
+    found = json.loads((home / "data_results/preferences/shipped_metrics.json").read_text())["results"]["test"]
+    assert found["rows"] == 10 and 0 <= found["pairwise_accuracy"] <= 1

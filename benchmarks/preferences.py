@@ -1,0 +1,79 @@
+"""Models of preferences (train_cls.py with comparisons), on people's and on the gold judge's.
+
+    python benchmarks/preferences.py utilitarianism --source ../shared/data   # ETHICS: which of two lives is better
+    python benchmarks/preferences.py shipped     # which of four texts of models/nlg the gold judge finds best
+
+Writes the comparisons to models/preferences/<name>/rows, the model beside them, and what it reached on held-out ones to
+data_results/preferences/<name>_metrics.json. The gold judge's comparisons to test on answer queries that training never
+saw.
+"""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import data
+import feedback
+import model_io
+from common import COUNT, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CHOICES = 4
+SAMPLING = {"length": 40, "temperature": 0.7, "stop_after": 0, "generator": None}
+FLAGS = {
+    "utilitarianism": "--model scratch --revisit 1 --epochs 4 --lr 5e-4",  # people's answers have noise
+    "shipped": "--model models/nlg --optimizer muon --epochs 8",
+}
+
+
+def utilitarianism(folder: Path, source: Path, count: int) -> None:
+    """ETHICS's own split; columns chosen, rejected."""
+    for name in ("train", "test"):
+        try:
+            shutil.copy(source / "ethics" / f"util_{name}.csv", folder / f"{name}.csv")
+        except FileNotFoundError as error:
+            raise UserError(f"--source {source} lacks {error.filename}") from error
+
+
+def shipped(folder: Path, source: Path, count: int) -> None:
+    """`count` comparisons to train on and a quarter as many to test on, as finetuning_nlg.py's --feedback-file."""
+    model, tokenizer = model_io.load_policy("models/nlg", "--policy")
+    lines = (ROOT / "data_nlg" / "valid.txt").read_text(encoding="utf-8").splitlines()
+    queries = data.split_queries([line for line in lines if line], tokenizer, 5)
+    judge = f"{ROOT}/data_cls/scenarios.py:judge"
+    for seed, (name, asked, wanted) in enumerate(zip(("train", "test"), queries, (count, count // 4), strict=True)):
+        ask = feedback.annotator("gold", judge, 0.0, seed, torch.device("cpu"))
+        sampling = SAMPLING | {"seed": seed, "stop_id": tokenizer.eos_token_id}
+        questions = feedback.questions(model, tokenizer, asked, CHOICES, **sampling)
+        keys = feedback.choices(CHOICES)
+        rows = [
+            feedback.row_of(question, ask(feedback.View(question, keys, "")), {})
+            for question in itertools.islice(questions, wanted)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = common.Parser(__doc__)
+    parser.add_argument("name", choices=FLAGS, help="whose comparisons")
+    parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files")
+    parser.add_argument("--comparisons", type=COUNT, default=4000, help="how many the gold judge makes")
+    args = parser.parse_args()
+    folder = Path("models/preferences") / args.name / "rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    {"utilitarianism": utilitarianism, "shipped": shipped}[args.name](folder, Path(args.source), args.comparisons)
+    where = ["--data", folder, "--out", folder.parent / args.name, "--results", "data_results/preferences"]
+    done = subprocess.run([sys.executable, ROOT / "train_cls.py", *FLAGS[args.name].split(), *where])
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    common.run(main)
