@@ -87,6 +87,26 @@ def test_the_peer():
         )
 
 
+def test_how_far_a_score_can_be_pushed():
+    runs = pd.read_csv(ROOT / "data_results" / "overoptimisation.csv").set_index("variant")
+    free, cheap = runs.loc["kl_coef_0"], runs.loc["kl_coef_0.02"]
+    folder = ROOT / "data_results" / "overoptimisation" / "kl_coef_0_seed0"
+    before = json.loads((folder / "evaluation.json").read_text())["gold"]["valid_before"]
+    for said in (
+        f"the policy goes to {free.kl:.1f} nats and fools the classifier: {free.gold_valid:.1%} of its texts are valid in "
+        f"place of {before:.1%}",
+        f"At {cheap.kl:.1f} nats (`--kl-coef 0.02`) {cheap.gold_valid:.1%} are valid.",
+    ):
+        assert said in re.sub(r"\s+", " ", README)
+    samples = pd.read_csv(folder / "evaluation_samples.csv")
+    invalid = samples[(samples.policy == "after") & (samples.valid == 0)]
+    assert (invalid.ethics > 0.5).mean() > 0.9
+    assert invalid.text.str.contains("I made Paul work and gave Paul the days off").any()
+    log = pd.read_csv(folder / "log.csv").rolling(5).mean(numeric_only=True)
+    turn = log[log.kl > 4].iloc[0]
+    assert log.ethics.iloc[-1] > turn.ethics and log.gold_valid.iloc[-1] < turn.gold_valid
+
+
 def test_the_models():
     text = re.sub(r"\s+", " ", README)
     test, generator = load("cls_metrics.json")["results"]["test"], load("nlg_metrics.json")["results"]
