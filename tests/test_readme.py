@@ -50,7 +50,9 @@ def test_the_ablations():
     share = pd.read_csv(ROOT / "data_results" / "ablations.csv").groupby("variant").fraction_of_optimum.mean()
     said = (
         f"twice the learning rate ends at {share['lr_2e-3']:.0%} of the optimum, K = 2 at {share['K2']:.0%}, the "
-        f"default at {share['default']:.0%}, Adam in place of Muon at {share['adam_lr_5e-4']:.0%}"
+        f"default at {share['default']:.0%}, no critic at {share['no_critic']:.0%}, leave-one-out (four answers to a "
+        f"query, in place of the critic) at {share['leave_one_out']:.0%}, Adam in place of Muon at "
+        f"{share['adam_lr_5e-4']:.0%}"
     )
     assert said in re.sub(r"\s+", " ", README)
 
@@ -93,8 +95,8 @@ def test_how_far_a_score_can_be_pushed():
     folder = ROOT / "data_results" / "overoptimisation" / "kl_coef_0_seed0"
     before = json.loads((folder / "evaluation.json").read_text())["gold"]["valid_before"]
     for said in (
-        f"the policy goes to {free.kl:.1f} nats and fools the classifier: {free.gold_valid:.1%} of its texts are valid in "
-        f"place of {before:.1%}",
+        f"the policy goes to {free.kl:.1f} nats and fools the classifier: {free.gold_valid:.1%} of its texts are valid "
+        f"in place of {before:.1%}",
         f"At {cheap.kl:.1f} nats (`--kl-coef 0.02`) {cheap.gold_valid:.1%} are valid.",
     ):
         assert said in re.sub(r"\s+", " ", README)
