@@ -146,24 +146,36 @@ def save_overoptimisation(results: Path) -> Path:
     return save(results.with_name(f"fig_{results.name}.png"), title, draw_overoptimisation, results)
 
 
-def draw_rewards(axes, results: Path) -> None:
-    """As `draw_overoptimisation`, means over seeds, a colour for every number of texts the classifier learned from."""
-    logs = {path.parent.name: pd.read_csv(path) for path in sorted(results.glob("*_kl_coef_0.02_seed*/log.csv"))}
-    for rows, color in {100: ORANGE, 1000: GREEN, 9360: BLUE}.items():
-        runs = [log for name, log in logs.items() if name.startswith(f"{rows}_rows")]
-        mean = pd.concat(runs).groupby("update").mean(numeric_only=True).rolling(5, min_periods=1).mean()
-        distance = mean.kl.clip(lower=0) ** 0.5
-        axes.plot(distance, mean.ethics, "--", color=color, linewidth=1.5, label=f"{rows:,} texts: what it says")
-        axes.plot(distance, mean.gold_valid * mean.gold_ethical, color=color, linewidth=2, label="what is true")
+def draw_said_and_true(axes, groups: dict[str, list[pd.DataFrame]]) -> None:
+    """As `draw_overoptimisation`, but groups of runs, means over the logs of each.
+
+    Where the judge cannot tell what is valid, the truth is the share that it finds ethical.
+    """
+    for (name, logs), color in zip(groups.items(), (ORANGE, GREEN, BLUE), strict=False):
+        mean = pd.concat(logs).groupby("update").mean(numeric_only=True).rolling(5, min_periods=1).mean()
+        distance, truth = mean.kl.clip(lower=0) ** 0.5, mean.gold_valid.fillna(1) * mean.gold_ethical
+        axes.plot(distance, mean.ethics, "--", color=color, linewidth=1.5, label=f"{name}: the reward model")
+        axes.plot(distance, truth, color=color, linewidth=2, label="gold")
     axes.set_xlabel("square root of the KL to the reference (nats a response)")
-    axes.set_ylabel("ethics score; gold: valid and ethical")
+    axes.set_ylabel("mean over responses")
     axes.set_ylim(0, 1.02)
-    axes.legend(loc="lower left", ncols=3, fontsize=8)
+    axes.legend(loc="lower right", ncols=2, fontsize=9)
+
+
+def logs_like(results: Path, pattern: str) -> list[pd.DataFrame]:
+    return [pd.read_csv(path) for path in sorted(results.glob(f"{pattern}_seed*/log.csv"))]
 
 
 def save_rewards(results: Path) -> Path:
-    title = "The same way with a weak and with a strong reward model"
-    return save(results.with_name(f"fig_{results.name}.png"), title, draw_rewards, results)
+    groups = {f"{rows:,} texts": logs_like(results, f"{rows}_rows_kl_coef_0.02") for rows in (100, 1000, 9360)}
+    title = "A weak and a strong reward model, where KL is cheap"
+    return save(results.with_name(f"fig_{results.name}.png"), title, draw_said_and_true, groups)
+
+
+def save_data(results: Path) -> Path:
+    groups = {name: logs_like(results, name) for name in ("sentiment", "ethics")}
+    title = "Other data: what the reward model says, and a judge that learned from other labels"
+    return save(results.with_name(f"fig_{results.name}.png"), title, draw_said_and_true, groups)
 
 
 def draw_ablations(axes, table: pd.DataFrame) -> None:
@@ -192,10 +204,6 @@ def save_details(results: Path) -> Path:
 
 def save_models(results: Path) -> Path:
     return save_ablations(results, "Other generators")
-
-
-def save_data(results: Path) -> Path:
-    return save_ablations(results, "Other data")
 
 
 def draw_labels(axes, table: pd.DataFrame) -> None:
