@@ -174,7 +174,7 @@ def save_rewards(results: Path) -> Path:
 
 def save_data(results: Path) -> Path:
     groups = {name: logs_like(results, name) for name in ("sentiment", "ethics")}
-    title = "Other data: what the reward model says, and a judge that learned from other labels"
+    title = "Other data: the reward model, and a judge with labels of its own"
     return save(results.with_name(f"fig_{results.name}.png"), title, draw_said_and_true, groups)
 
 

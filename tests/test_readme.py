@@ -109,6 +109,20 @@ def test_how_far_a_score_can_be_pushed():
     assert log.ethics.iloc[-1] > turn.ethics and log.gold_valid.iloc[-1] < turn.gold_valid
 
 
+def test_other_data():
+    for name, said in (
+        ("sentiment", "finds positive goes from {before:.1%} to {after:.1%} at a KL of {kl:.1f} nats"),
+        ("ethics", "finds right goes from {before:.1%} to {after:.1%} at {kl:.1f} nats"),
+    ):
+        found = load(f"data/{name}_seed0/evaluation.json")
+        gold = {when: found["gold"][f"ethical_{when}"] for when in ("before", "after")}
+        assert said.format(**gold, kl=found["kl"]) in re.sub(r"\s+", " ", README)
+    right = [
+        load(f"data/{name}_seed0/judge_metrics.json")["results"]["test"]["accuracy"] for name in ("sentiment", "ethics")
+    ]
+    assert "judges are right about {:.1%} and {:.1%} of the test texts".format(*right) in re.sub(r"\s+", " ", README)
+
+
 def test_the_models():
     text = re.sub(r"\s+", " ", README)
     test, generator = load("cls_metrics.json")["results"]["test"], load("nlg_metrics.json")["results"]
