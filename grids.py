@@ -106,7 +106,7 @@ GRIDS = {
         script="benchmarks/wrong.py",
     ),
     "models": Grid(
-        20_480,
+        10_240,
         {
             model: "--policy models/models/parts/{run}/nlg"
             for model in ("gpt2_1x64", "gpt2_2x128", "gpt2_4x256", "gpt_neox_2x128", "llama_2x128")
