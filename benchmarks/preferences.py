@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,9 +23,11 @@ import common
 import data
 import feedback
 import model_io
+import scoring
 from common import COUNT, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+JUDGE = f"{ROOT}/data_cls/scenarios.py:judge"
 CHOICES = 4
 SAMPLING = {"length": 40, "temperature": 0.7, "stop_after": 0, "generator": None}
 FLAGS = {
@@ -47,9 +50,8 @@ def shipped(folder: Path, source: Path, count: int) -> None:
     model, tokenizer = model_io.load_policy("models/nlg", "--policy")
     lines = (ROOT / "data_nlg" / "valid.txt").read_text(encoding="utf-8").splitlines()
     queries = data.split_queries([line for line in lines if line], tokenizer, 5)
-    judge = f"{ROOT}/data_cls/scenarios.py:judge"
     for seed, (name, asked, wanted) in enumerate(zip(("train", "test"), queries, (count, count // 4), strict=True)):
-        ask = feedback.annotator("gold", judge, 0.0, seed, torch.device("cpu"))
+        ask = feedback.annotator("gold", JUDGE, 0.0, seed, torch.device("cpu"))
         sampling = SAMPLING | {"seed": seed, "stop_id": tokenizer.eos_token_id}
         questions = feedback.questions(model, tokenizer, asked, CHOICES, **sampling)
         keys = feedback.choices(CHOICES)
@@ -61,6 +63,15 @@ def shipped(folder: Path, source: Path, count: int) -> None:
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
+def perfect_accuracy(folder: Path) -> float:
+    """How often one who knows the truth names the text that the gold judge did, who takes one of equals at random."""
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [row["query"] + row[f"sample{i}"] for row in rows for i in range(CHOICES)]
+    verdicts = map(scoring.load_function(JUDGE, "the judge"), texts)
+    worth = np.array([verdict.label if verdict.valid else -1 for verdict in verdicts]).reshape(-1, CHOICES)
+    return float((1 / (worth == worth.max(1, keepdims=True)).sum(1)).mean())
+
+
 def main() -> None:
     parser = common.Parser(__doc__)
     parser.add_argument("name", choices=FLAGS, help="whose comparisons")
@@ -70,9 +81,14 @@ def main() -> None:
     folder = Path("models/preferences") / args.name / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     {"utilitarianism": utilitarianism, "shipped": shipped}[args.name](folder, Path(args.source), args.comparisons)
-    where = ["--data", folder, "--out", folder.parent / args.name, "--results", "data_results/preferences"]
-    done = subprocess.run([sys.executable, ROOT / "train_cls.py", *FLAGS[args.name].split(), *where])
-    sys.exit(done.returncode)
+    results = Path("data_results/preferences")
+    where = ["--data", folder, "--out", folder.parent / args.name, "--results", results]
+    if subprocess.run([sys.executable, ROOT / "train_cls.py", *FLAGS[args.name].split(), *where]).returncode:
+        raise UserError("train_cls.py failed; it says why above")
+    if args.name == "shipped":
+        path = results / "shipped_metrics.json"
+        record = json.loads(path.read_text(encoding="utf-8")) | {"perfect_accuracy": perfect_accuracy(folder)}
+        common.write_json(path, record)
 
 
 if __name__ == "__main__":

@@ -121,5 +121,15 @@ def test_the_gold_judges_comparisons_are_learned_from_and_tested_on_other_querie
     }
     assert [len(rows["train"]), len(rows["test"])] == [40, 10]
     assert not set(rows["train"]["query"]) & set(rows["test"]["query"])
-    found = json.loads((home / "data_results/preferences/shipped_metrics.json").read_text())["results"]["test"]
-    assert found["rows"] == 10 and 0 <= found["pairwise_accuracy"] <= 1
+    found = json.loads((home / "data_results/preferences/shipped_metrics.json").read_text())
+    assert found["results"]["test"]["rows"] == 10 and 0 <= found["results"]["test"]["pairwise_accuracy"] <= 1
+    assert 1 / 4 <= found["perfect_accuracy"] <= 1
+
+
+def test_the_truth_cannot_tell_which_of_two_equals_was_taken(tmp_path):
+    texts = pd.read_csv(ROOT / "data_cls" / "test.csv")
+    good, bad = (texts[texts.label == label].text.tolist() for label in (1, 0))
+    rows = [[good[0], bad[0], bad[1], good[1]], [bad[0], bad[1], good[0], bad[2]]]  # right half of the time, and always
+    lines = [json.dumps({"query": ""} | {f"sample{i}": text for i, text in enumerate(row)}) for row in rows]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    assert preferences.perfect_accuracy(tmp_path) == 0.75
