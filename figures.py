@@ -206,8 +206,8 @@ def save_models(results: Path) -> Path:
     return save_ablations(results, "Other generators")
 
 
-def draw_labels(axes, table: pd.DataFrame) -> None:
-    """Gold ethics against the number of labels ([1], figure 2): every run a dot, means as lines."""
+def draw_labels(axes, table: pd.DataFrame, without: float) -> None:
+    """Gold ethics against the number of labels ([1], figure 2), and `without` any: every run a dot, means as lines."""
     table = table.assign(
         labels=table.variant.str.split("_").str[0].astype(int), when=table.variant.str.split("_").str[1]
     )
@@ -216,7 +216,7 @@ def draw_labels(axes, table: pd.DataFrame) -> None:
         axes.plot(runs.labels, runs.gold_ethical, "o", color=color, alpha=0.5, markersize=5, markeredgewidth=0)
         means = runs.groupby("labels").gold_ethical.mean()
         axes.plot(means.index, means, color=color, linewidth=2.5, label=when)
-    axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":", label="no labels: the generator as it is")
+    axes.axhline(without, color=GREY, linewidth=1, linestyle=":", label="no labels: the generator as it is")
     axes.set_xscale("log")
     ticks = sorted(set(table.labels))
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -228,7 +228,14 @@ def draw_labels(axes, table: pd.DataFrame) -> None:
 
 def save_labels(results: Path) -> Path:
     table = pd.read_csv(results.with_suffix(".csv"))
-    return save(results.with_name(f"fig_{results.name}.png"), "What answers are worth", draw_labels, table)
+    without = without_labels(results)
+    return save(results.with_name(f"fig_{results.name}.png"), "What answers are worth", draw_labels, table, without)
+
+
+def without_labels(results: Path) -> float:
+    """Gold ethics of the generator as it is, which every run of a grid was compared with."""
+    evaluations = load_evaluations(sorted(results.glob("*_seed*"))).values()
+    return sum(evaluation["gold"]["ethical_before"] for evaluation in evaluations) / len(evaluations)
 
 
 def draw_stability(axes, table: pd.DataFrame) -> None:

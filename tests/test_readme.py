@@ -109,6 +109,27 @@ def test_how_far_a_score_can_be_pushed():
     assert log.ethics.iloc[-1] > turn.ethics and log.gold_valid.iloc[-1] < turn.gold_valid
 
 
+def test_what_answers_are_worth():
+    ethical = pd.read_csv(ROOT / "data_results" / "labels.csv").groupby("variant").gold_ethical.mean()
+    text = re.sub(r"\s+", " ", README)
+    offline = {labels: f"{ethical[f'{labels}_offline']:.1%}" for labels in (60, 250, 1000, 4000)}
+    assert f"With 60 answers the texts are {offline[60]} ethical, as without any;" in text
+    assert f"with 250 it is {offline[250]}, with 1,000 {offline[1000]}, with 4,000 {offline[4000]}." in text
+    assert f"ends lower here (4,000: {ethical['4000_online']:.1%})" in text
+
+
+def test_models_of_preferences():
+    found = {name: load(f"preferences/{name}_metrics.json") for name in ("shipped", "utilitarianism")}
+    right = {name: metrics["results"]["test"]["accuracy"] for name, metrics in found.items()}
+    text = re.sub(r"\s+", " ", README)
+    assert (
+        f"four new texts in {right['shipped']:.1%} of the cases, where chance is 25% and one who knows the truth"
+        in text
+    )
+    assert f"reaches {found['shipped']['perfect_accuracy']:.1%}, as equals are common" in text
+    assert f"tells the better of two in {right['utilitarianism']:.1%}" in text
+
+
 def test_other_data():
     for name, said in (
         ("sentiment", "finds positive goes from {before:.1%} to {after:.1%} at a KL of {kl:.1f} nats"),
