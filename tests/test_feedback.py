@@ -19,6 +19,7 @@ from conftest import ROOT, TINY_RUN, refused, run
 
 import data
 import feedback
+import people
 import scoring
 import supervised
 import train_cls
@@ -236,6 +237,14 @@ def test_what_is_reported_of_comparisons():
     scores = np.tile([np.log(3), 0.0], (4, 1))
     assert train_cls.measure_comparisons(scores, np.array([0, 0, 0, 1]))["calibration_error"] == pytest.approx(0)
     assert train_cls.measure_comparisons(scores, np.array([0, 0, 0, 0]))["calibration_error"] == pytest.approx(0.25)
+
+
+def test_held_out_answers_stay_held_out_when_there_are_more():
+    train, held_out = people.split(25)
+    assert held_out.tolist() == [1, 11, 21] and sorted([*train, *held_out]) == list(range(25))
+    assert not set(held_out) & set(people.split(100)[0])
+    assert [part.tolist() for part in people.split(2)] == [[0], [1]]
+    assert [part.tolist() for part in people.split(1)] == [[], [0]]
 
 
 def test_columns_of_comparisons(tmp_path):
