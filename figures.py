@@ -239,23 +239,24 @@ def without_labels(results: Path) -> float:
 
 
 def draw_stability(axes, table: pd.DataFrame) -> None:
-    """Gold ethics by PPO epochs and learning rate, means over seeds; a number in a cell counts its broken runs."""
+    """Valid and ethical texts by PPO epochs and learning rate, means over seeds, and how many runs broke."""
     place = table.variant.str.extract(r"K(\d+)_lr_(.+)").set_axis(["K", "lr"], axis=1)
     table = table.assign(K=place.K.astype(int), lr=place.lr.astype(float), broken=table.broken.fillna("") != "")
-    good = table.pivot_table(index="K", columns="lr", values="gold_ethical", aggfunc="mean", dropna=False)
+    table["good"] = table.gold_valid * table.gold_ethical
+    good = table.pivot_table(index="K", columns="lr", values="good", aggfunc="mean", dropna=False)
     broken = table.pivot_table(index="K", columns="lr", values="broken", aggfunc="sum", dropna=False)
-    image = axes.imshow(good, origin="lower", aspect="auto", cmap="cividis", vmin=0.5, vmax=1)
+    image = axes.imshow(good, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=1)
     for y, epochs in enumerate(good.index):
         for x, lr in enumerate(good.columns):
             count, value = broken.loc[epochs, lr], good.loc[epochs, lr]
             text = f"{value:.0%}" + (f"\n{count:.0f} broken" if count else "")
-            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if value < 0.8 else "black")
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
     axes.set_xticks(range(len(good.columns)), [short(lr) for lr in good.columns])
     axes.set_yticks(range(len(good.index)), good.index)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("K, PPO epochs")
     axes.grid(visible=False)
-    axes.figure.colorbar(image, label="gold: ethical")
+    axes.figure.colorbar(image, label="gold: valid and ethical")
 
 
 def save_stability(results: Path) -> Path:
