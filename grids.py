@@ -15,7 +15,7 @@ class Grid(NamedTuple):
 
 
 def generator(variant: str) -> list[str]:
-    """gpt2_4x256 -> a generator from scratch, of 4 layers of 256."""
+    """gpt2_3x192 -> a generator from scratch, of 3 layers of 192."""
     model = "scratch:{}:{}".format(*variant.rsplit("_", 1))
     parts = "models/models/parts/{run}"
     return [f"train_nlg.py --model {model} --out {parts}/nlg --results data_results/models/{{run}} --seed {{seed}}"]
@@ -109,7 +109,7 @@ GRIDS = {
         10_240,
         {
             model: "--policy models/models/parts/{run}/nlg"
-            for model in ("gpt2_1x64", "gpt2_2x128", "gpt2_4x256", "gpt_neox_2x128", "llama_2x128")
+            for model in ("gpt2_1x64", "gpt2_2x128", "gpt2_3x192", "gpt_neox_2x128", "llama_2x128")
         },
         before=generator,
     ),
