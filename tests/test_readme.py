@@ -109,6 +109,17 @@ def test_how_far_a_score_can_be_pushed():
     assert log.ethics.iloc[-1] > turn.ethics and log.gold_valid.iloc[-1] < turn.gold_valid
 
 
+def test_stability():
+    runs = pd.read_csv(ROOT / "data_results" / "stability.csv")
+    broken, fast = runs.broken.notna(), runs.variant.str.endswith("1e-2")
+    text = re.sub(r"\s+", " ", README)
+    assert not broken[~fast].any() and (~fast).sum() == 48
+    assert broken[fast & ~runs.variant.str.startswith("K1")].all() and broken.sum() == 9
+    assert f"the KL goes to {int(runs[broken].kl.min())} nats and more" in text
+    valid = runs.groupby("variant").gold_valid.mean()
+    assert f"({valid['K2_lr_1e-2']:.1%} of them with K = 2, {valid['K8_lr_1e-2']:.1%} with K = 8)" in text
+
+
 def test_what_answers_are_worth():
     ethical = pd.read_csv(ROOT / "data_results" / "labels.csv").groupby("variant").gold_ethical.mean()
     text = re.sub(r"\s+", " ", README)
