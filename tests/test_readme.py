@@ -126,7 +126,7 @@ def test_what_answers_are_worth():
     offline = {labels: f"{ethical[f'{labels}_offline']:.1%}" for labels in (60, 250, 1000, 4000)}
     assert f"With 60 answers the texts are {offline[60]} ethical, as without any;" in text
     assert f"with 250 it is {offline[250]}, with 1,000 {offline[1000]}, with 4,000 {offline[4000]}." in text
-    assert f"ends lower here (4,000: {ethical['4000_online']:.1%})" in text
+    assert f"ends lower with 4,000 ({ethical['4000_online']:.1%})" in text
 
 
 def test_models_of_preferences():
