@@ -167,7 +167,8 @@ def logs_like(results: Path, pattern: str) -> list[pd.DataFrame]:
 
 
 def save_rewards(results: Path) -> Path:
-    groups = {f"{rows:,} texts": logs_like(results, f"{rows}_rows_kl_coef_0.02") for rows in (100, 1000, 9360)}
+    sizes = sorted({int(path.name.split("_")[0]) for path in results.glob("*_rows_*_seed*")})
+    groups = {f"{rows:,} texts": logs_like(results, f"{rows}_rows_kl_coef_0.02") for rows in sizes}
     title = "A weak and a strong reward model, where KL is cheap"
     return save(results.with_name(f"fig_{results.name}.png"), title, draw_said_and_true, groups)
 

@@ -77,10 +77,13 @@ def main() -> None:
         parts = SOURCES[args.name](Path(args.source))
     except FileNotFoundError as error:
         raise UserError(f"--source {args.source} lacks {error.filename}") from error
-    out = Path(args.out)
+    out, partial = Path(args.out), Path(f"{args.out}.partial")
+    if out.exists():
+        raise UserError(f"--out {out} is there already; remove it, or give another")
     for name, rows in zip(("reward", "judge"), halves(parts["train"]), strict=True):
-        write(out / name, {"train": rows, "valid": parts["valid"], "test": parts["test"]}, ["text", "label"])
-    write(out / "texts", {"train": parts["train"], "valid": pd.concat([parts["valid"], parts["test"]])}, ["text"])
+        write(partial / name, {"train": rows, "valid": parts["valid"], "test": parts["test"]}, ["text", "label"])
+    write(partial / "texts", {"train": parts["train"], "valid": pd.concat([parts["valid"], parts["test"]])}, ["text"])
+    partial.rename(out)  # what is there is whole
 
 
 def write(folder: Path, parts: dict[str, pd.DataFrame], columns: list[str]) -> None:

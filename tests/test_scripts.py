@@ -1,5 +1,6 @@
 """The scripts: chained on a few steps, on other models and data, and what they say to a user's mistakes."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import common
 import scoring
+import train_cls
 
 
 def test_each_script_leaves_what_the_next_one_needs(chain):
@@ -206,6 +208,27 @@ def test_a_second_classifier_may_be_the_gold_judge(chain, tmp_path):
     assert "--gold models/nowhere: there is no such folder" in refused(
         "finetuning_nlg", "--gold", "models/nowhere", cwd=home
     )
+
+
+def test_without_a_critic_every_query_has_several_answers(chain, tmp_path):
+    shutil.copytree(chain[0], tmp_path / "home")
+    flags = ["--leave-one-out", "--answers", 2, "--run", "alone", "--out", "models/alone"]
+    run("finetuning_nlg", *TINY_RUN, *flags, cwd=tmp_path / "home")
+    folder = tmp_path / "home" / "data_results" / "alone"
+    log = pd.read_csv(folder / "log.csv")
+    assert log.value_loss.notna().all() and (log.explained_variance != 0).all()  # the others' returns say something
+    queries = pd.read_csv(folder / "samples.csv")["query"]
+    assert (queries[::2].to_numpy() == queries[1::2].to_numpy()).all() and queries.nunique() > 2
+
+
+def test_fewer_rows_to_train_on(chain):
+    flags = {"data": str(ROOT / "data_cls"), "data_config": None, "data_revision": None, "text_column": None}
+    flags |= {"label_column": "label", "positive_label": None, "seed": 0}
+    (whole, labels), splits = train_cls.load_rows(argparse.Namespace(**flags, rows=None))
+    (few, of_few), same = train_cls.load_rows(argparse.Namespace(**flags, rows=100))
+    label_of = dict(zip((text for (text,) in whole), labels, strict=True))
+    assert len(few) == 100 and [label_of[text] for (text,) in few] == of_few.tolist()
+    assert same["valid"][0] == splits["valid"][0] and same["test"][0] == splits["test"][0]
 
 
 def test_shares_of_verdicts():

@@ -95,7 +95,9 @@ def test_a_run_makes_first_what_it_works_with(home, monkeypatch):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not here")
 @pytest.mark.parametrize("name", ["sentiment", "ethics"])
 def test_judge_and_reward_model_share_no_rows(name, tmp_path):
+    tmp_path = tmp_path / "rows"
     run("real_data", name, "--source", SHARED, "--out", tmp_path)
+    assert "is there already" in refused("real_data", name, "--source", SHARED, "--out", tmp_path)
     reward, judge = (pd.read_csv(tmp_path / who / "train.csv") for who in ("reward", "judge"))
     assert len(reward) == pytest.approx(len(judge), rel=0.01) and reward.label.mean() == pytest.approx(
         judge.label.mean(), abs=0.03
