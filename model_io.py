@@ -178,7 +178,7 @@ def continuations(model, tokenizer, queries: list[str], batch: int = 256, **samp
     for start in range(0, len(queries), batch):
         query_ids, query_mask = encode_queries(tokenizer, queries[start : start + batch], model.device)
         with autocast(model.device):
-            response_ids = sampler.sample(model, query_ids, query_mask, **sampling)
+            response_ids, _ = sampler.sample(model, query_ids, query_mask, **sampling)
         response_mask, _ = sampler.real_tokens(response_ids, sampling["stop_id"], sampling.get("stop_after", 0))
         texts += whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask)
     return texts

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 
-from sampler import position_ids
-
 
 class PolicyWithValue(nn.Module):
     """A causal language model with a value head on its last hidden states, zero at the start as in [3].
@@ -27,13 +25,24 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, ids: Tensor, mask: Tensor, response_mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """ids, mask [B, T], response_mask [B, R] -> logits / temperature [N, V] and values [N], in float32."""
-        states = response_states(self.model, ids, mask, response_mask)
+    def forward(
+        self, ids: Tensor, mask: Tensor, response_mask: Tensor, temperature: float, states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """ids, mask [B, T], response_mask [B, R] -> logits / temperature [N, V] and values [N], in float32.
+
+        states: the model's hidden states [N, H], where they are known.
+        """
+        if states is None:
+            states = response_states(self.model, ids, mask, response_mask)
         logits = token_logits(self.model, states, temperature)
         if self.value_model is not None:
             states = response_states(self.value_model, ids, mask, response_mask)
         return logits, self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1).float()
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """[B, T] -> [B, T]: positions that count real tokens only, so that left padding changes nothing."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def response_states(model, ids: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:

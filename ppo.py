@@ -80,10 +80,10 @@ def collect(
 ) -> Rollout:
     """Sample responses to queries [B, Q], and read off what policy and reference say of each of their tokens.
 
-    The log-probabilities come from the forward pass of the update, not from the sampler: in low precision the two
-    differ, and the ratio would not start at 1.
+    In float32 the policy's hidden states are those that the sampler saw. In low precision they come from the forward
+    pass of the update: the two differ there, and the ratio would not start at 1.
     """
-    response_ids = sample(
+    response_ids, states = sample(
         policy.model,
         query_ids,
         query_mask,
@@ -99,10 +99,11 @@ def collect(
     per_token = [torch.empty(tokens, device=ids.device) for _ in range(5)]
     ref_distribution = torch.empty(tokens, policy.model.get_output_embeddings().weight.shape[0], device=ids.device)
     for rows in slices(torch.arange(len(ids), device=ids.device), mask, forward_batch):
-        logits, values = policy(ids[rows], full_mask[rows], mask[rows], temperature)
+        real = mask[rows].bool()
+        known = None if torch.is_autocast_enabled(ids.device.type) else states[rows][real]
+        logits, values = policy(ids[rows], full_mask[rows], mask[rows], temperature, known)
         ref_states = response_states(reference, ids[rows], full_mask[rows], mask[rows])
         logp, ref_logp = log_softmax(logits, -1), log_softmax(token_logits(reference, ref_states, temperature), -1)
-        real = mask[rows].bool()
         here, chosen = place[rows][real], response_ids[rows][real]
         found = of_tokens(logp, chosen), of_tokens(ref_logp, chosen), *kl_and_entropy(logp, ref_logp), values
         for whole, part in zip((*per_token, ref_distribution), (*found, ref_logp), strict=True):

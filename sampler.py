@@ -1,17 +1,14 @@
 """Plain sampling from a causal language model: no top-k, no top-p, no minimum length.
 
 Shapes: B sequences, Q query tokens (padded on the left), R response tokens (padded on the right, behind the stop
-token), V vocabulary. Masks are 1 on real tokens and 0 on padding.
+token), V vocabulary, H hidden size. Masks are 1 on real tokens and 0 on padding.
 """
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-
-def position_ids(mask: Tensor) -> Tensor:
-    """[B, T] -> [B, T]: positions that count real tokens only, so that left padding changes nothing."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
+from policy import position_ids, token_logits
 
 
 class RoomyLayer(DynamicLayer):
@@ -69,22 +66,25 @@ def sample(
     stop_id: int,
     stop_after: int = 0,
     generator: torch.Generator,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Responses [B, R], R <= length, to queries [B, Q]: plain sampling, no top-k, no top-p, no minimum length.
 
     A row ends with its first `stop_id` that has at least `stop_after` tokens before it ([3] stops at "." after 16);
-    behind it stand `stop_id`s. R is the length of the longest row.
+    behind it stand `stop_id`s. R is the length of the longest row. With them the hidden states [B, R, H] from which
+    their real tokens were drawn.
     """
     batch, device = len(query_ids), query_ids.device
     responses = torch.full((batch, length), stop_id, device=device)
     rows = torch.arange(batch, device=device)  # the rows still in the batch
     going = torch.ones(batch, dtype=torch.bool, device=device)  # which of them have not stopped
     mask, position = query_mask, position_ids(query_mask)
-    out = model(input_ids=query_ids, attention_mask=mask, position_ids=position, logits_to_keep=1, use_cache=True)
+    out = model.base_model(input_ids=query_ids, attention_mask=mask, position_ids=position, use_cache=True)
     make_room(out.past_key_values, length)
+    states = out.last_hidden_state.new_zeros(batch, length, out.last_hidden_state.shape[-1])
     for step in range(length):
-        tokens = draw(out.logits[:, -1].float() / temperature, generator).where(going, stop_id)
-        responses[rows, step] = tokens
+        state = out.last_hidden_state[:, -1]
+        tokens = draw(token_logits(model, state, temperature), generator).where(going, stop_id)
+        responses[rows, step], states[rows, step] = tokens, state
         going = going & ((tokens != stop_id) | (step < stop_after))
         if step + 1 == length or not going.any():
             break
@@ -94,14 +94,14 @@ def sample(
             keep = going.nonzero().squeeze(1)
             rows, tokens, going, mask, position = rows[keep], tokens[keep], going[keep], mask[keep], position[keep]
             out.past_key_values.batch_select_indices(keep)
-        out = model(
+        out = model.base_model(
             input_ids=tokens.unsqueeze(1),
             attention_mask=mask,
             position_ids=position,
             past_key_values=out.past_key_values,
             use_cache=True,
         )
-    return responses[:, : step + 1]
+    return responses[:, : step + 1], states[:, : step + 1]
 
 
 @torch.no_grad()

@@ -313,7 +313,7 @@ def test_a_cache_with_room_changes_no_sample(config, monkeypatch):
     queries, mask = QUERIES.repeat(20, 1), QUERY_MASK.repeat(20, 1)
 
     def responses():
-        return sampler.sample(model, queries, mask, length=12, temperature=1.0, stop_id=STOP, generator=generator(1))
+        return sampler.sample(model, queries, mask, length=12, temperature=1.0, stop_id=STOP, generator=generator(1))[0]
 
     with_room = responses()
     monkeypatch.setattr(sampler, "make_room", lambda cache, room: None)
@@ -325,7 +325,7 @@ def test_samples_follow_the_model_whatever_padding_and_dropped_rows(tiny_model):
     """The second token given the first, over many rows that end at different times, against the exact probabilities."""
     count = 20_000
     ids, mask = QUERIES[:1].expand(count, 4), QUERY_MASK[:1].expand(count, 4)
-    responses = sampler.sample(tiny_model, ids, mask, length=3, temperature=1.3, stop_id=STOP, generator=generator())
+    responses, _ = sampler.sample(tiny_model, ids, mask, length=3, temperature=1.3, stop_id=STOP, generator=generator())
     first = tiny_model(tensor([[1, 2]])).logits[0, -1].div(1.3).softmax(-1)
     torch.testing.assert_close(responses[:, 0].bincount(minlength=11) / count, first, atol=0.015, rtol=0)
     commonest = first[:STOP].argmax()
@@ -358,7 +358,7 @@ def test_samples_that_share_their_beginnings_follow_the_model_too(tiny_model):
 
 
 def test_nothing_but_stops_stands_behind_a_stop(tiny_model):
-    responses = sampler.sample(
+    responses, _ = sampler.sample(
         tiny_model,
         QUERIES.repeat(100, 1),
         QUERY_MASK.repeat(100, 1),
@@ -374,7 +374,7 @@ def test_nothing_but_stops_stands_behind_a_stop(tiny_model):
 
 
 def test_a_stop_before_stop_after_does_not_end_a_response(tiny_model):
-    responses = sampler.sample(
+    responses, _ = sampler.sample(
         tiny_model,
         QUERIES.repeat(100, 1),
         QUERY_MASK.repeat(100, 1),
