@@ -150,7 +150,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
     keep_memory()
     cuda = args.device != "cpu" and torch.cuda.is_available()
     parallel.start(cuda)
-    if args.batch_size % parallel.count():
+    if vars(args).get("batch_size", 0) % parallel.count():
         raise UserError(
             f"--batch-size {args.batch_size} cannot be shared evenly among {parallel.count()} processes; "
             "give a multiple of them"
