@@ -11,10 +11,12 @@ what cannot be left out is counted: real tokens, output layers of response token
 import argparse
 import copy
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,8 +220,13 @@ def our_update(case: Case, epochs: int, policy_folder: Path, reward_folder: Path
     return one, last, reference
 
 
-def peer_update(case: Case, epochs: int, policy_folder: Path, reward_folder: Path, updates: int, scratch: Path):
-    """A function that makes one and `updates` more updates of TRL's trainer, and returns the seconds of the latter."""
+def peer_seconds(
+    case: Case, epochs: int, policy_folder: Path, reward_folder: Path, updates: int, scratch: Path
+) -> list[float]:
+    """The seconds of `updates` updates of TRL's trainer, after one that is not counted.
+
+    In a process of its own, as its users run it: our memory settings (common.keep_memory) are not in it.
+    """
     import peer_quality  # it needs trl
     from transformers import AutoTokenizer, TrainerCallback
 
@@ -230,30 +237,27 @@ def peer_update(case: Case, epochs: int, policy_folder: Path, reward_folder: Pat
         def on_step_end(self, *_, **__):
             self.readings.append(time.perf_counter())
 
-    def run() -> list[float]:
-        tokenizer = AutoTokenizer.from_pretrained(policy_folder, padding_side="left")
-        asked = tokenizer(queries_of(case, tokenizer), add_special_tokens=False)["input_ids"]
-        trainer = peer_quality.trainer(
-            AutoModelForCausalLM.from_pretrained(policy_folder),
-            peer_quality.reward_with_one_output(str(reward_folder), 0.0, 1.0),
-            tokenizer,
-            asked,
-            batch_size=case.batch,
-            output_dir=str(scratch),
-            total_episodes=case.batch * (updates + 1),
-            response_length=case.response,
-            temperature=TEMPERATURE,
-            num_ppo_epochs=epochs,
-            num_mini_batches=case.minibatches,
-            learning_rate=1e-6,
-            logging_steps=1000,
-        )
-        clock = Clock()
-        trainer.add_callback(clock)
-        trainer.train()
-        return [end - start for start, end in zip(clock.readings, clock.readings[1:], strict=False)]
-
-    return run
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder, padding_side="left")
+    asked = tokenizer(queries_of(case, tokenizer), add_special_tokens=False)["input_ids"]
+    trainer = peer_quality.trainer(
+        AutoModelForCausalLM.from_pretrained(policy_folder),
+        peer_quality.reward_with_one_output(str(reward_folder), 0.0, 1.0),
+        tokenizer,
+        asked,
+        batch_size=case.batch,
+        output_dir=str(scratch),
+        total_episodes=case.batch * (updates + 1),
+        response_length=case.response,
+        temperature=TEMPERATURE,
+        num_ppo_epochs=epochs,
+        num_mini_batches=case.minibatches,
+        learning_rate=1e-6,
+        logging_steps=1000,
+    )
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    return [end - start for start, end in zip(clock.readings, clock.readings[1:], strict=False)]
 
 
 def spread(values: list[float]) -> str:
@@ -264,13 +268,15 @@ def measure(name: str, case: Case, epochs: int, args, device, machine, scratch: 
     """One case: prints its table, and returns it for the file."""
     folders = random_models(case, scratch) if case.layers else (Path("models/nlg"), Path("models/cls"))
     ours, last, model = our_update(case, epochs, *folders, device)
-    peer = peer_update(case, epochs, *folders, args.updates, scratch / "trl") if args.peer else None
+    alone = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     ours()
     ours()
     found, theirs = [], []
     for _ in range(args.repeats):  # in turn, so that a slow moment of the machine meets both
         found += [ours() for _ in range(args.updates)]
-        theirs += peer() if peer else []
+        if args.peer:
+            theirs += alone.submit(peer_seconds, case, epochs, *folders, args.updates, scratch / "trl").result()
+    alone.shutdown()
     rollout = last[0]
     response_lengths = rollout.response_mask.sum(1)
     least = floors(case, model, rollout.query_mask.sum(1) + response_lengths, response_lengths, epochs, machine)
