@@ -69,6 +69,8 @@ GRIDS = {
             "leave_one_out": "--leave-one-out --answers 4",
             "K2": "--ppo-epochs 2",
             "K4": "--ppo-epochs 4",
+            "K4_clip_range_0.05": "--ppo-epochs 4 --clip-range 0.05",
+            "K4_no_clip": "--ppo-epochs 4 --clip-range 1000",
             "minibatches_1": "--minibatches 1",
             "lr_2e-3": "--lr 2e-3",
             "batch_512": "--batch-size 512",
