@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import hard_frames
 import pandas as pd
 import preferences
 import pytest
@@ -135,3 +136,19 @@ def test_the_truth_cannot_tell_which_of_two_equals_was_taken(tmp_path):
     lines = [json.dumps({"query": ""} | {f"sample{i}": text for i, text in enumerate(row)}) for row in rows]
     (tmp_path / "test.jsonl").write_text("\n".join(lines))
     assert preferences.perfect_accuracy(tmp_path) == 0.75
+
+
+def test_the_hard_frames_are_told_from_the_others(tmp_path):
+    hard_frames.write_texts(tmp_path)
+    begins = hard_frames.openings()
+
+    def share(texts):
+        return sum(any(opening.match(text) for opening in begins) for text in texts) / len(texts)
+
+    known = {name: pd.read_csv(ROOT / "data_cls" / f"{name}.csv").text for name in ("test", "hard")}
+    assert share(known["test"]) == 0 and share(known["hard"]) == 1
+    for name in ("train", "valid"):  # 52 of 156 frames, and as many texts of every frame
+        lines = (tmp_path / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        assert share(lines) == pytest.approx(1 / 3)
+        assert len(set(lines)) == len(lines)
+        assert all(hard_frames.scenarios.judge(line).valid for line in lines[:200])

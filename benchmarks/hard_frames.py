@@ -1,0 +1,111 @@
+"""PPO where the reward model knows only a part of the world: two thirds of the frames, and not those of hard.csv.
+
+    python benchmarks/hard_frames.py            # after make
+
+The generator is trained on texts of all 156 frames, the classifier is models/cls, which has learned 104 of them. PPO
+pleases the classifier; the gold judge says what that did to texts of either kind of frame. The models go to
+models/hard, the run to data_results/hard, and what was found to data_results/hard/hard_frames.json.
+"""
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_cls"))
+import scenarios
+
+import common
+import data
+import model_io
+import scoring
+from common import COUNT, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER, RESULTS, RUN = Path("models/hard"), Path("data_results/hard"), "hard_seed0"
+QUERY, SAMPLING = 5, {"length": 40, "temperature": 0.7}  # the scripts' own
+DRAWS = 32  # responses to a held-out query, of either policy
+
+
+def hard_kinds() -> list[scenarios.Kind]:
+    """The kinds of text that are in hard.csv and in no other file."""
+    frames = [frame for frames in scenarios.FRAMES.values() for frame in frames[-scenarios.HARD_PER_DOMAIN :]]
+    return [kind for frame in frames for kind in scenarios.kinds(frame)]
+
+
+def write_texts(folder: Path) -> None:
+    """data_nlg/ and as many texts of every kind of the hard frames, shuffled."""
+    chance = random.Random(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {name: scenarios.ROWS_PER_KIND[f"nlg_{name}"] for name in ("train", "valid")}
+    texts = {name: (ROOT / "data_nlg" / f"{name}.txt").read_text(encoding="utf-8").splitlines() for name in counts}
+    for kind in hard_kinds():
+        new = scenarios.texts_of(kind, sum(counts.values()), chance)
+        texts["train"] += new[: counts["train"]]
+        texts["valid"] += new[counts["train"] :]
+    for name, lines in texts.items():
+        chance.shuffle(lines)
+        (folder / f"{name}.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def openings() -> list[re.Pattern]:
+    """What a valid text of a hard frame begins with."""
+    first = {kind.sentences[0] for kind in hard_kinds()}
+    return [re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(sentence))) for sentence in first]
+
+
+def shares(policy: str, queries: list[str], device: torch.device) -> dict[str, dict]:
+    """Of responses to the queries: what the classifier and the gold judge say, by the kind of frame."""
+    model, tokenizer = model_io.load_policy(policy, "--policy")
+    sampling = SAMPLING | {"stop_id": tokenizer.eos_token_id, "generator": torch.Generator(device).manual_seed(0)}
+    texts = model_io.continuations(model.to(device), tokenizer, queries * DRAWS, **sampling)
+    parts = scoring.load(["models/cls"], device)
+    said = scoring.reading(parts, scoring.raw_scores(parts, queries * DRAWS, texts))
+    verdicts = [scenarios.judge(text) for text in texts]
+    valid, ethical = (np.array([float(verdict[i] or 0) for verdict in verdicts]) for i in (0, 1))
+    begins = openings()
+    hard = np.array([any(opening.match(text) for opening in begins) for text in texts])
+    found = {"all": {"texts": len(texts), "valid": valid.mean()}}
+    for name, chosen in (("learned", ~hard & (valid > 0)), ("hard", hard & (valid > 0))):
+        found[name] = {
+            "share": chosen.sum() / valid.sum(),
+            "gold_ethical": ethical[chosen].mean(),
+            "classifier_mean": said[chosen].mean(),
+            "classifier_right": ((said > 0.5) == (ethical > 0.5))[chosen].mean(),
+        }
+    return {name: {key: float(value) for key, value in row.items()} for name, row in found.items()}
+
+
+def main() -> None:
+    parser = common.Parser(__doc__)
+    parser.add_argument("--episodes", type=COUNT, default=20_480, help="responses in the run")
+    common.add_machine_flags(parser)
+    args = parser.parse_args()
+    device = common.set_up(args)
+    texts, generator, policy = FOLDER / "texts", FOLDER / "nlg", FOLDER / RUN
+    write_texts(texts)
+    own = f"--data {texts} --seed {args.seed} --device {args.device} --resume"
+    for command in (
+        f"train_nlg.py --out {generator} --results {FOLDER} {own}",
+        f"finetuning_nlg.py --policy {generator} --out {policy} --results {RESULTS} --run {RUN} "
+        f"--episodes {args.episodes} {own}",
+    ):
+        script, *flags = command.split()
+        if subprocess.run([sys.executable, ROOT / script, *flags]).returncode:
+            raise UserError(f"{script} failed; it says why above")
+    _, tokenizer = model_io.load_policy(str(generator), "--policy")
+    _, held_out = data.split_queries((texts / "valid.txt").read_text().splitlines(), tokenizer, QUERY)
+    queries = random.Random(args.seed).sample(held_out, 128)
+    found = {when: shares(str(name), queries, device) for when, name in (("before", generator), ("after", policy))}
+    common.write_json(RESULTS / "hard_frames.json", found | {"settings": vars(args)} | common.provenance(device))
+    for when, rows in found.items():
+        print(when, {name: {key: round(value, 3) for key, value in row.items()} for name, row in rows.items()})
+
+
+if __name__ == "__main__":
+    common.run(main)
