@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import ACT2FN, NewGELUActivation
 
 import common
 import parallel
@@ -27,9 +28,9 @@ LIMITS = (
     "training labels call so, and it can be fooled by texts unlike them. Do not use it to judge people."
 )
 POSITIONS, HEAD = 256, 32  # of a model from scratch: longest text, and width of an attention head
+FUSED_GELU = "gelu_pytorch_tanh"
 ARCHITECTURES = {  # what a model from scratch may be, and what is its own in the configuration
-    # its activation is GPT-2's own function under the name of its fused kernel
-    "gpt2": {"activation_function": "gelu_pytorch_tanh", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {"activation_function": FUSED_GELU, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {"tie_word_embeddings": True},
     "llama": {"tie_word_embeddings": True},
 }
@@ -121,7 +122,17 @@ def load_pretrained(kind, name: str, flag: str, **options):
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise UserError(f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, more than its model")
     model.config.pad_token_id = tokenizer.pad_token_id
+    fuse_gelu(model)
     return model, tokenizer
+
+
+def fuse_gelu(model) -> None:
+    """Gives GPT-2's activation the name of its fused kernel: the same function, but one pass over memory for eight."""
+    if getattr(model.config, "activation_function", None) == "gelu_new":
+        model.config.activation_function = FUSED_GELU
+        for layer in model.modules():
+            if isinstance(getattr(layer, "act", None), NewGELUActivation):
+                layer.act = ACT2FN[FUSED_GELU]
 
 
 _MADE_BY = {

@@ -163,3 +163,20 @@ def test_files_from_windows(tmp_path, name, encoding):
     }
     (tmp_path / name).write_bytes("\r\n".join([*lines[name], ""]).encode(encoding))
     assert data.load_file(tmp_path / name)["text"][:] == ["hé", "two"]
+
+
+def test_gpt2s_activation_is_fused_and_the_same_function(tmp_path):
+    tokenizer = model_io.scratch_tokenizer(["one two three four"] * 3)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_layer=2, n_head=2, n_embd=16, n_positions=16, initializer_range=0.5,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    plain = GPT2LMHeadModel(config).eval()
+    assert plain.config.activation_function == "gelu_new"
+    plain.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    fused, _ = model_io.load_policy(str(tmp_path), "--policy")
+    assert "Tanh" in type(fused.transformer.h[1].mlp.act).__name__
+    ids = torch.arange(2, 14).view(2, 6)
+    torch.testing.assert_close(fused(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
