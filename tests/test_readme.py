@@ -164,6 +164,31 @@ def test_other_data():
     assert "judges are right about {:.1%} and {:.1%} of the test texts".format(*right) in re.sub(r"\s+", " ", README)
 
 
+def test_other_generators():
+    runs = pd.read_csv(ROOT / "data_results" / "models.csv")
+    share = runs.groupby("variant").fraction_of_optimum.mean()
+    text = re.sub(r"\s+", " ", README)
+    gpt2 = [f"{share[f'gpt2_{size}']:.0%}" for size in ("1x64", "2x128", "3x192")]
+    assert "end at {}, {} and {} of the optimum, ".format(*gpt2) in text
+    others = f"of 2 x 128 at {share['gpt_neox_2x128']:.0%} and {share['llama_2x128']:.0%}, all from about half to"
+    assert f"{others} {int(100 * runs.gold_ethical.min())}% and more gold ethical" in text
+
+
+def test_weak_reward_models():
+    runs = pd.read_csv(ROOT / "data_results" / "rewards.csv").groupby("variant")[["gold_ethical", "kl"]].mean()
+    runs = [runs.loc[f"{rows}_rows_kl_coef_0.02"] for rows in (100, 1000, 9360)]
+    right = []
+    for rows in (100, 1000, 9360):
+        of_seeds = (ROOT / "data_results" / "rewards").glob(f"{rows}_rows_kl_coef_0.02_seed*/reward_metrics.json")
+        right.append(
+            pd.Series([json.loads(path.read_text())["results"]["test"]["accuracy"] for path in of_seeds]).mean()
+        )
+    text = re.sub(r"\s+", " ", README)
+    assert "right about {:.1%}, {:.1%} and {:.1%} of the test texts".format(*right) in text
+    assert "end at {:.1%}, {:.1%} and {:.1%} gold ethical".format(*(run.gold_ethical for run in runs)) in text
+    assert "and at {:.1f}, {:.1f} and {:.1f} nats".format(*(run.kl for run in runs)) in text
+
+
 def test_the_models():
     text = re.sub(r"\s+", " ", README)
     test, generator = load("cls_metrics.json")["results"]["test"], load("nlg_metrics.json")["results"]
