@@ -1,6 +1,6 @@
 # make        the whole pipeline on the shipped data      make test   the tests
 # make gpt2   the same with GPT-2 and ETHICS from the hub  make clean  remove what make made, but for .venv
-# make study  ablations and over-optimisation, after make  make peer   TRL's PPOTrainer on the same task, after make
+# make study  every grid of runs, after make, for hours    make peer   TRL's PPOTrainer on the same task, after make
 # make bench  seconds of every stage, after make
 PYTHON ?= python3
 BIN = .venv/bin
@@ -41,7 +41,13 @@ gpt2: .venv/installed
 
 study: .venv/installed
 	$(BIN)/python study.py ablations
-	$(BIN)/python study.py overoptimisation
+	$(BIN)/python study.py details
+	$(BIN)/python study.py stability --seeds 5
+	$(BIN)/python study.py models
+	$(BIN)/python study.py rewards
+	$(BIN)/python study.py overoptimisation --seeds 1
+	$(BIN)/python study.py labels
+	$(BIN)/python benchmarks/hard_frames.py
 
 benchmarks/.venv/installed: requirements.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv benchmarks/.venv
