@@ -180,8 +180,11 @@ def save_data(results: Path) -> Path:
 
 
 def draw_ablations(axes, table: pd.DataFrame) -> None:
-    """Share of the optimum of every run, a row a variant, the best on top; bars are means. Failed runs are crosses."""
-    means = table.groupby("variant").fraction_of_optimum.mean().sort_values()
+    """Share of the optimum of every run, a row a variant, the best on top; bars are means.
+
+    Runs that failed, or ended where the optimum is not known, are crosses.
+    """
+    means = table.groupby("variant").fraction_of_optimum.mean().sort_values(na_position="first")
     colors = [ORANGE if name in ("default", "nothing") else BLUE for name in means.index]
     axes.barh(means.index, means, color=colors, alpha=0.35)
     for place, name in enumerate(means.index):

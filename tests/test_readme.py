@@ -164,6 +164,20 @@ def test_other_data():
     assert "judges are right about {:.1%} and {:.1%} of the test texts".format(*right) in re.sub(r"\s+", " ", README)
 
 
+def test_one_detail_wrong():
+    runs = pd.read_csv(ROOT / "data_results" / "details.csv")
+    mean = runs.groupby("variant")[["fraction_of_optimum", "kl"]].mean()
+    share, kl = mean.fraction_of_optimum, mean.kl
+    dropout = runs[runs.variant == "dropout"]
+    assert dropout.broken.notna().all() and dropout.kl.min() > 100
+    text = re.sub(r"\s+", " ", README)
+    assert f"padding keep {share.positions:.0%} of the optimum in place of {share.nothing:.0%}" in text
+    assert f"starts at random ends at {share.value_head:.0%}" in text
+    assert f"normalised goes to {kl.score:.1f} nats in place of {kl.nothing:.1f}" in text
+    for detail in ("advantages", "adam_eps"):
+        assert abs(share[detail] - share.nothing) < 0.03
+
+
 def test_other_generators():
     runs = pd.read_csv(ROOT / "data_results" / "models.csv")
     share = runs.groupby("variant").fraction_of_optimum.mean()
