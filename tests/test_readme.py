@@ -188,6 +188,18 @@ def test_other_generators():
     assert f"{others} {int(100 * runs.gold_ethical.min())}% and more gold ethical" in text
 
 
+def test_hard_frames():
+    found = load("hard/hard_frames.json")
+    (learned, learned_after), (hard, hard_after) = (
+        [found[when][name]["gold_ethical"] for when in ("before", "after")] for name in ("learned", "hard")
+    )
+    said = f"frames from {learned:.1%} to {learned_after:.1%} gold ethical, texts about the others from {hard:.1%} to "
+    text = re.sub(r"\s+", " ", README)
+    assert f"{said}{hard_after:.1%}, while" in text
+    means = [found[when]["hard"]["classifier_mean"] for when in ("before", "after")]
+    assert "over the latter goes from {:.2f} to {:.2f}".format(*means) in text
+
+
 def test_weak_reward_models():
     runs = pd.read_csv(ROOT / "data_results" / "rewards.csv").groupby("variant")[["gold_ethical", "kl"]].mean()
     runs = [runs.loc[f"{rows}_rows_kl_coef_0.02"] for rows in (100, 1000, 9360)]
