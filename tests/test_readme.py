@@ -64,6 +64,12 @@ def test_the_ablations():
         f"{share['adam_lr_5e-4']:.0%}"
     )
     assert said in re.sub(r"\s+", " ", README)
+    kl = pd.read_csv(ROOT / "data_results" / "ablations.csv").groupby("variant").kl.mean()
+    said = (
+        f"{share['K4_clip_range_0.05']:.0%} with 0.05, {share['K4']:.0%} with 0.2, {share['K4_no_clip']:.0%} without a "
+        f"clip, at {kl['K4_no_clip']:.1f} nats in place of {kl['K4']:.1f}"
+    )
+    assert said in re.sub(r"\s+", " ", README)
 
 
 def test_the_trials_of_one_seed():
