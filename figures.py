@@ -151,15 +151,16 @@ def draw_said_and_true(axes, groups: dict[str, list[pd.DataFrame]]) -> None:
 
     Where the judge cannot tell what is valid, the truth is the share that it finds ethical.
     """
+    said, true = [], []
     for (name, logs), color in zip(groups.items(), (ORANGE, GREEN, BLUE), strict=False):
         mean = pd.concat(logs).groupby("update").mean(numeric_only=True).rolling(5, min_periods=1).mean()
         distance, truth = mean.kl.clip(lower=0) ** 0.5, mean.gold_valid.fillna(1) * mean.gold_ethical
-        axes.plot(distance, mean.ethics, "--", color=color, linewidth=1.5, label=f"{name}: the reward model")
-        axes.plot(distance, truth, color=color, linewidth=2, label="gold")
+        said += axes.plot(distance, mean.ethics, "--", color=color, linewidth=1.5, label=f"{name}: the reward model")
+        true += axes.plot(distance, truth, color=color, linewidth=2, label="gold")
     axes.set_xlabel("square root of the KL to the reference (nats a response)")
     axes.set_ylabel("mean over responses")
     axes.set_ylim(0, 1.02)
-    axes.legend(loc="lower right", ncols=2, fontsize=9)
+    axes.legend(handles=[*said, *true], loc="lower right", ncols=2, fontsize=9)
 
 
 def logs_like(results: Path, pattern: str) -> list[pd.DataFrame]:
