@@ -1,6 +1,7 @@
 """Nothing is lost: what a signal, a kill, a full disk, numbers that are not finite and a second process can do."""
 
 import argparse
+import contextlib
 import errno
 import math
 import os
@@ -110,30 +111,32 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
 # the disk
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk():
-    """No file of this process can grow beyond 100 kB."""
+    """No file of this process can grow beyond 100 kB, not even one that the tests' own output goes to."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, small_disk):
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     path = tmp_path / "x.checkpoint"
     state = {"format": checkpoint.FORMAT, "settings": SETTINGS, "step": 1}
     checkpoint.save(path, state)
-    with pytest.raises(UserError, match=r"cannot be written .*the one before it is still there"):
+    with small_disk(), pytest.raises(UserError, match=r"cannot be written .*the one before it is still there"):
         checkpoint.save(path, state | {"step": 2, "weights": torch.ones(100_000)})
     assert checkpoint.load(path, SETTINGS)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["x.checkpoint"]
 
 
-def test_a_full_disk_leaves_the_model_before(chain, tmp_path, small_disk):
+def test_a_full_disk_leaves_the_model_before(chain, tmp_path):
     model, tokenizer = model_io.load_policy(str(chain[0] / "models" / "nlg"), "--policy")
     (tmp_path / "nlg").mkdir()
     (tmp_path / "nlg" / "model.safetensors").write_text("the one before")
-    with pytest.raises(UserError, match=r"cannot be written .*what was there before still is"):
+    with small_disk(), pytest.raises(UserError, match=r"cannot be written .*what was there before still is"):
         model_io.save_folder(tmp_path / "nlg", model, tokenizer, "card")
     assert (tmp_path / "nlg" / "model.safetensors").read_text() == "the one before"
     assert [folder.name for folder in tmp_path.iterdir()] == ["nlg"]
