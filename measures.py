@@ -59,7 +59,7 @@ def fraction_of_optimum(
     every = np.arange(len(score))
     chance = np.random.default_rng(seed)
     again = [fraction(chance.choice(every, len(every))) for _ in range(resamples)]
-    low, high = np.nanquantile(again, (0.025, 0.975))
+    low, high = np.quantile([x for x in again if not np.isnan(x)] or [np.nan], (0.025, 0.975))
     return fraction(every), (float(low), float(high))
 
 
