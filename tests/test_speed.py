@@ -1,0 +1,33 @@
+"""The benchmark of speed, with a case of a second."""
+
+import json
+
+import pytest
+import speed
+import torch
+from conftest import run
+from transformers import GPT2Config
+
+import ppo
+
+
+def test_the_operations_of_a_forward_pass_by_hand():
+    config = GPT2Config(n_layer=1, n_embd=2, n_head=1, vocab_size=3)
+    # two tokens meet 12 * 2^2 weights; half of 2 x 2 pairs are attended to, for scores and sums; one token meets 3 words
+    linear, attention, logits = 2 * 2 * 48, 2 * 2 * 2 * 2, 2 * 2 * 3
+    assert speed.forward_operations(config, torch.tensor([2]), 1) == linear + attention + logits
+
+
+def test_a_benchmark_from_end_to_end(tmp_path, monkeypatch):
+    case = speed.Case(8, 4, 6, 1, (1, 2), 8, layers=1, width=16, heads=2, vocabulary=64)
+    monkeypatch.setitem(speed.CASES, "cpu", {"tiny": case})
+    monkeypatch.setattr(ppo, "sample", ppo.sample)  # it is timed from then on; this puts it back
+    run("speed", "--repeats", "1", "--updates", "1", "--device", "cpu", "--out", tmp_path / "speed.json")
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert [(one["case"], one["K"]) for one in found["cases"]] == [("tiny", 1), ("tiny", 2)]
+    for one in found["cases"]:
+        assert one["seconds"] == pytest.approx(sum(stage["seconds"] for stage in one["stages"].values()))
+        assert one["episodes_per_second"] == pytest.approx(8 / one["seconds"])
+        assert all(0 < stage["floor"] < stage["seconds"] for stage in one["stages"].values())
+    k1, k2 = (one["stages"]["update"]["floor"] for one in found["cases"])
+    assert k2 == pytest.approx(2 * k1, rel=0.2)  # the responses differ in length
