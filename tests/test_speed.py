@@ -13,7 +13,7 @@ import ppo
 
 def test_the_operations_of_a_forward_pass_by_hand():
     config = GPT2Config(n_layer=1, n_embd=2, n_head=1, vocab_size=3)
-    # two tokens meet 12 * 2^2 weights; half of 2 x 2 pairs are attended to, for scores and sums; one token meets 3 words
+    # two tokens meet 12 * 2^2 weights; half of 2 x 2 pairs are attended to, to score and to sum; one meets 3 words
     linear, attention, logits = 2 * 2 * 48, 2 * 2 * 2 * 2, 2 * 2 * 3
     assert speed.forward_operations(config, torch.tensor([2]), 1) == linear + attention + logits
 
