@@ -4,9 +4,10 @@
 
 The generator is trained on texts of all 156 frames, the classifier is models/cls, which has learned 104 of them. PPO
 pleases the classifier; the gold judge says what that did to texts of either kind of frame. The models go to
-models/hard, the run to data_results/hard, and what was found to data_results/hard/hard_frames.json.
+models/hard, the run to data_results/hard/hard_seed<seed>, and what was found to hard_frames.json in it.
 """
 
+import json
 import random
 import re
 import subprocess
@@ -27,9 +28,8 @@ import scoring
 from common import COUNT, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER, RESULTS, RUN = Path("models/hard"), Path("data_results/hard"), "hard_seed0"
-QUERY, SAMPLING = 5, {"length": 40, "temperature": 0.7}  # the scripts' own
-DRAWS = 32  # responses to a held-out query, of either policy
+FOLDER, RESULTS = Path("models/hard"), Path("data_results/hard")
+QUERIES, DRAWS = 128, 32  # held-out queries, and responses to each, of either policy
 
 
 def hard_kinds() -> list[scenarios.Kind]:
@@ -59,11 +59,18 @@ def openings() -> list[re.Pattern]:
     return [re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(sentence))) for sentence in first]
 
 
-def shares(policy: str, queries: list[str], device: torch.device) -> dict[str, dict]:
-    """Of responses to the queries: what the classifier and the gold judge say, by the kind of frame."""
+def shares(policy: str, queries: list[str], settings: dict, device: torch.device) -> dict[str, dict]:
+    """Of responses to the queries, with a run's settings: what classifier and gold judge say, by the kind of frame."""
     model, tokenizer = model_io.load_policy(policy, "--policy")
-    sampling = SAMPLING | {"stop_id": tokenizer.eos_token_id, "generator": torch.Generator(device).manual_seed(0)}
-    texts = model_io.continuations(model.to(device), tokenizer, queries * DRAWS, **sampling)
+    texts = model_io.continuations(
+        model.to(device),
+        tokenizer,
+        queries * DRAWS,
+        length=settings["response_length"],
+        temperature=settings["temperature"],
+        stop_id=tokenizer.eos_token_id,
+        generator=torch.Generator(device).manual_seed(0),
+    )
     parts = scoring.load(["models/cls"], device)
     said = scoring.reading(parts, scoring.raw_scores(parts, queries * DRAWS, texts))
     verdicts = [scenarios.judge(text) for text in texts]
@@ -87,22 +94,27 @@ def main() -> None:
     common.add_machine_flags(parser)
     args = parser.parse_args()
     device = common.set_up(args)
-    texts, generator, policy = FOLDER / "texts", FOLDER / "nlg", FOLDER / RUN
+    run = f"hard_seed{args.seed}"
+    texts, generator, policy = FOLDER / "texts", FOLDER / f"nlg_seed{args.seed}", FOLDER / run
     write_texts(texts)
     own = f"--data {texts} --seed {args.seed} --device {args.device} --resume"
     for command in (
         f"train_nlg.py --out {generator} --results {FOLDER} {own}",
-        f"finetuning_nlg.py --policy {generator} --out {policy} --results {RESULTS} --run {RUN} "
+        f"finetuning_nlg.py --policy {generator} --out {policy} --results {RESULTS} --run {run} "
         f"--episodes {args.episodes} {own}",
     ):
         script, *flags = command.split()
         if subprocess.run([sys.executable, ROOT / script, *flags]).returncode:
             raise UserError(f"{script} failed; it says why above")
+    settings = json.loads((RESULTS / run / "config.json").read_text(encoding="utf-8"))["settings"]
     _, tokenizer = model_io.load_policy(str(generator), "--policy")
-    _, held_out = data.split_queries((texts / "valid.txt").read_text().splitlines(), tokenizer, QUERY)
-    queries = random.Random(args.seed).sample(held_out, 128)
-    found = {when: shares(str(name), queries, device) for when, name in (("before", generator), ("after", policy))}
-    common.write_json(RESULTS / "hard_frames.json", found | {"settings": vars(args)} | common.provenance(device))
+    lines = (texts / "valid.txt").read_text(encoding="utf-8").splitlines()
+    _, held_out = data.split_queries(lines, tokenizer, settings["query_length"])
+    queries = random.Random(args.seed).sample(held_out, QUERIES)
+    found = {
+        when: shares(str(name), queries, settings, device) for when, name in (("before", generator), ("after", policy))
+    }
+    common.write_json(RESULTS / run / "hard_frames.json", found | {"settings": vars(args)} | common.provenance(device))
     for when, rows in found.items():
         print(when, {name: {key: round(value, 3) for key, value in row.items()} for name, row in rows.items()})
 

@@ -196,7 +196,7 @@ def test_other_generators():
 
 
 def test_hard_frames():
-    found = load("hard/hard_frames.json")
+    found = load("hard/hard_seed0/hard_frames.json")
     (learned, learned_after), (hard, hard_after) = (
         [found[when][name]["gold_ethical"] for when in ("before", "after")] for name in ("learned", "hard")
     )
