@@ -18,6 +18,11 @@ def test_the_operations_of_a_forward_pass_by_hand():
     assert speed.forward_operations(config, torch.tensor([2]), 1) == linear + attention + logits
 
 
+def test_the_reward_model_reads_every_word_that_the_policy_writes():
+    tokenizer = speed.words_tokenizer(64)
+    assert tokenizer(tokenizer.decode([5, 60, 7]))["input_ids"] == [5, 60, 7]
+
+
 def test_a_benchmark_from_end_to_end(tmp_path, monkeypatch):
     case = speed.Case(8, 4, 6, 1, (1, 2), 8, layers=1, width=16, heads=2, vocabulary=64)
     monkeypatch.setitem(speed.CASES, "cpu", {"tiny": case})
