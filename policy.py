@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 
+import gpt2
+
 
 class PolicyWithValue(nn.Module):
     """A causal language model with a value head on its last hidden states, zero at the start as in [3].
@@ -50,6 +52,10 @@ def response_states(model, ids: Tensor, mask: Tensor, response_mask: Tensor) -> 
 
     They are those one position before: only they need to meet the vocabulary.
     """
+    if gpt2.fits(model.base_model):
+        wanted = torch.zeros_like(mask, dtype=torch.bool)
+        wanted[:, -response_mask.shape[1] - 1 : -1] = response_mask
+        return gpt2.hidden_states(model.base_model, ids, mask, position_ids(mask), wanted)
     longest = int(response_mask.sum(1).max())
     width = ids.shape[1] - response_mask.shape[1] + longest  # padding behind the longest response is left out
     ids, mask, real = ids[:, :width], mask[:, :width], response_mask[:, :longest].bool()

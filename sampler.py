@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+import gpt2
 from policy import position_ids, token_logits
 
 
@@ -55,6 +56,20 @@ def invert(cumulative: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=cumulative.shape[1] - 1)
 
 
+def next_states(body, tokens: Tensor, mask: Tensor, positions: Tensor, cache) -> Tensor:
+    """The last hidden states [B, H] of tokens [B] at positions [B], which join those in `cache`; mask [B, T]."""
+    if gpt2.fits(body):
+        return gpt2.next_states(body, tokens, mask, positions, cache)
+    out = body(
+        input_ids=tokens.unsqueeze(1),
+        attention_mask=mask,
+        position_ids=positions.unsqueeze(1),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return out.last_hidden_state[:, -1]
+
+
 @torch.no_grad()
 def sample(
     model,
@@ -77,30 +92,25 @@ def sample(
     responses = torch.full((batch, length), stop_id, device=device)
     rows = torch.arange(batch, device=device)  # the rows still in the batch
     going = torch.ones(batch, dtype=torch.bool, device=device)  # which of them have not stopped
-    mask, position = query_mask, position_ids(query_mask)
-    out = model.base_model(input_ids=query_ids, attention_mask=mask, position_ids=position, use_cache=True)
+    mask, positions = query_mask, position_ids(query_mask)
+    out = model.base_model(input_ids=query_ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    positions = positions[:, -1]
     make_room(out.past_key_values, length)
-    states = out.last_hidden_state.new_zeros(batch, length, out.last_hidden_state.shape[-1])
+    cache, state = out.past_key_values, out.last_hidden_state[:, -1]
+    states = state.new_zeros(batch, length, state.shape[-1])
     for step in range(length):
-        state = out.last_hidden_state[:, -1]
         tokens = draw(token_logits(model, state, temperature), generator).where(going, stop_id)
         responses[rows, step], states[rows, step] = tokens, state
         going = going & ((tokens != stop_id) | (step < stop_after))
         if step + 1 == length or not going.any():
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        position = position[:, -1:] + 1
+        positions = positions + 1
         if going.float().mean() < 0.8:  # below this, idle rows cost more than copying the cache without them
             keep = going.nonzero().squeeze(1)
-            rows, tokens, going, mask, position = rows[keep], tokens[keep], going[keep], mask[keep], position[keep]
-            out.past_key_values.batch_select_indices(keep)
-        out = model.base_model(
-            input_ids=tokens.unsqueeze(1),
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
+            rows, tokens, going, mask, positions = rows[keep], tokens[keep], going[keep], mask[keep], positions[keep]
+            cache.batch_select_indices(keep)
+        state = next_states(model.base_model, tokens, mask, positions, cache)
     return responses[:, : step + 1], states[:, : step + 1]
 
 

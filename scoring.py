@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification
 
+import gpt2
 import model_io
 import parallel
 from common import UserError, autocast
@@ -157,7 +159,7 @@ def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: in
             encoded = tokenizer(
                 [texts[i] for i in rows], truncation=True, max_length=length, padding=True, return_tensors="pt"
             )
-            logits = model(**encoded.to(device)).logits.double()
+            logits = outputs(model, encoded.to(device)).double()
             if logits.shape[1] > 1:
                 others = [i for i in range(logits.shape[1]) if i != positive]
                 scores[rows] = (logits[:, positive] - logits[:, others].logsumexp(1)).cpu().numpy()
@@ -165,6 +167,18 @@ def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: in
                 normal = normal_of(model)
                 scores[rows] = (logits[:, 0].cpu().numpy() - normal["reward_mean"]) / normal["reward_std"]
     return scores
+
+
+def outputs(model, encoded) -> Tensor:
+    """What a classifier says of texts [B, T], [B, kinds]."""
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    last = ((ids != model.config.pad_token_id) * columns).argmax(1, keepdim=True)
+    plain = isinstance(model, GPT2ForSequenceClassification) and gpt2.fits(model.base_model) and len(encoded) == 2
+    if not plain or not mask.gather(1, last).all():
+        return model(**encoded).logits
+    states = gpt2.hidden_states(model.base_model, ids, mask, columns.expand_as(ids), wanted=columns == last)
+    return model.score(states)  # only one state of a text meets the head
 
 
 def normalise(model, tokenizer, texts: list[str]) -> None:

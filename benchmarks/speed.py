@@ -4,8 +4,9 @@
     benchmarks/.venv/bin/python benchmarks/speed.py --peer trl     # TRL's PPOTrainer in turn with ours (see make peer)
 
 A stage's floor is the time that its floating-point operations would take at the rate of this machine's large matrix
-products, or its bytes at the rate of a copy, whichever is longer; both rates are measured in the same process. Only
-what cannot be left out is counted: real tokens, output layers of response tokens, causal attention.
+products, or its bytes at the rate of a copy, whichever is longer; both rates are measured in the same process, in turn
+with the updates, since a shared machine is faster at one moment than at another. Only what cannot be left out is
+counted: real tokens, causal attention, and behind the last layer's attention the tokens that are asked for.
 """
 
 import argparse
@@ -121,7 +122,7 @@ def rates(device: torch.device) -> tuple[float, float]:
 
     def best(work) -> float:
         taken = []
-        for _ in range(7):
+        for _ in range(9):
             start = synchronised(device)
             work()
             taken.append(synchronised(device) - start)
@@ -130,28 +131,29 @@ def rates(device: torch.device) -> tuple[float, float]:
     return 2 * size**3 / best(lambda: square @ square), 2 * long.nbytes / best(lambda: target.copy_(long))
 
 
-def forward_operations(config, lengths: torch.Tensor, predicted: int) -> float:
-    """Floating-point operations of a GPT-2 forward pass over rows of `lengths`, `predicted` positions with logits."""
-    width, layers = config.hidden_size, config.num_hidden_layers
-    linear = 2 * 12 * width**2 * layers * lengths.sum().item()
-    attention = 2 * 2 * width * layers * (lengths.double() ** 2 / 2).sum().item()
-    return linear + attention + 2 * width * config.vocab_size * predicted
+def body_operations(config, lengths: torch.Tensor, wanted: int) -> float:
+    """Floating-point operations of GPT-2's layers over rows of `lengths`, with `wanted` of the last hidden states."""
+    width, layers, tokens = config.hidden_size, config.num_hidden_layers, lengths.sum().item()
+    linear = 2 * width**2 * (12 * layers * tokens - 9 * (tokens - wanted))  # 3 of 12 are keys, values and queries
+    return linear + 2 * 2 * width * layers * (lengths.double() ** 2 / 2).sum().item()
 
 
 def floors(case: Case, model, lengths: torch.Tensor, response_lengths: torch.Tensor, epochs: int, machine) -> dict:
     """Seconds that each stage needs at least."""
     operations, bandwidth = machine
     tokens = int(response_lengths.sum())
-    one = forward_operations(model.config, lengths, tokens)
+    logits = 2 * model.config.hidden_size * model.config.vocab_size * tokens
+    one = body_operations(model.config, lengths, tokens) + logits
+    reward = body_operations(model.config, lengths, len(lengths))
     low_precision = model.device.type == "cuda"
-    policy = one if low_precision else one - forward_operations(model.config, lengths, 0)  # from the sampler's states
+    policy = one if low_precision else logits  # from the sampler's states
     wide = 2 if low_precision else 4  # bytes of a number
     steps = int(response_lengths.max())
     weights = sum(p.numel() for p in model.parameters()) * wide
     cache = 2 * model.config.num_hidden_layers * model.config.hidden_size * wide * (lengths.double() ** 2 / 2).sum()
     return {
         "rollout": max(one / operations, (steps * weights + cache.item()) / bandwidth),
-        "scoring": (policy + one + forward_operations(model.config, lengths, 0)) / operations,
+        "scoring": (policy + one + reward) / operations,
         "update": 3 * epochs * one / operations,
     }
 
@@ -265,20 +267,21 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
 
 
-def measure(name: str, case: Case, epochs: int, args, device, machine, scratch: Path) -> dict:
+def measure(name: str, case: Case, epochs: int, args, device, scratch: Path) -> dict:
     """One case: prints its table, and returns it for the file."""
     folders = random_models(case, scratch) if case.layers else (Path("models/nlg"), Path("models/cls"))
     ours, last, model = our_update(case, epochs, *folders, device)
     alone = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     ours()
     ours()
-    found, theirs = [], []
-    for _ in range(args.repeats):  # in turn, so that a slow moment of the machine meets both
+    found, theirs, machines = [], [], []
+    for _ in range(args.repeats):  # in turn, so that a slow moment of the machine meets all of them
+        machines.append(rates(device))
         found += [ours() for _ in range(args.updates)]
         if args.peer:
             theirs += alone.submit(peer_seconds, case, epochs, *folders, args.updates, scratch / "trl").result()
     alone.shutdown()
-    rollout = last[0]
+    rollout, machine = last[0], [statistics.median(rate) for rate in zip(*machines, strict=True)]
     response_lengths = rollout.response_mask.sum(1)
     least = floors(case, model, rollout.query_mask.sum(1) + response_lengths, response_lengths, epochs, machine)
     whole = [sum(one.values()) for one in found]
@@ -287,9 +290,12 @@ def measure(name: str, case: Case, epochs: int, args, device, machine, scratch: 
         "K": epochs,
         "seconds": statistics.median(whole),
         "episodes_per_second": case.batch / statistics.median(whole),
+        "operations_per_second": machine[0],
+        "bytes_per_second": machine[1],
         "stages": {},
     }
     print(f"\n{name}, K = {epochs}: {spread(whole)} an update, {record['episodes_per_second']:.0f} episodes/s")
+    print(f"  the machine: matrix products at {machine[0] / 1e9:.0f} GFLOP/s, copies at {machine[1] / 1e9:.1f} GB/s")
     for stage, floor in least.items():
         middle = statistics.median(one[stage] for one in found)
         record["stages"][stage] = {"seconds": middle, "floor": floor, "ratio": middle / floor}
@@ -317,14 +323,11 @@ def main() -> None:
     args = parser.parse_args()
     device = common.set_up(args)
     cases = {name: case for name, case in CASES[device.type].items() if not args.only or name in args.only}
-    machine = rates(device)
-    print(f"matrix product {machine[0] / 1e9:.0f} GFLOP/s, copy {machine[1] / 1e9:.1f} GB/s")
     records = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, case in cases.items():
-            records += [measure(name, case, k, args, device, machine, Path(scratch)) for k in case.ppo_epochs]
-    record = common.provenance(device) | {"operations_per_second": machine[0], "bytes_per_second": machine[1]}
-    common.write_json(Path(args.out), record | {"cases": records})
+            records += [measure(name, case, k, args, device, Path(scratch)) for k in case.ppo_epochs]
+    common.write_json(Path(args.out), common.provenance(device) | {"cases": records})
     print(json.dumps({"file": args.out}))
 
 

@@ -12,10 +12,11 @@ import ppo
 
 
 def test_the_operations_of_a_forward_pass_by_hand():
-    config = GPT2Config(n_layer=1, n_embd=2, n_head=1, vocab_size=3)
-    # two tokens meet 12 * 2^2 weights; half of 2 x 2 pairs are attended to, to score and to sum; one meets 3 words
-    linear, attention, logits = 2 * 2 * 48, 2 * 2 * 2 * 2, 2 * 2 * 3
-    assert speed.forward_operations(config, torch.tensor([2]), 1) == linear + attention + logits
+    config = GPT2Config(n_layer=2, n_embd=2, n_head=1)
+    # two tokens meet 12 * 2^2 weights in the first layer, and 3 * 2^2 in the last, where one meets the other 9 * 2^2;
+    # in both layers half of 2 x 2 pairs are attended to, to score and to sum
+    linear, attention = 2 * (2 * 48 + 2 * 12 + 1 * 36), 2 * 2 * 2 * 2 * 2
+    assert speed.body_operations(config, torch.tensor([2]), 1) == linear + attention
 
 
 def test_the_reward_model_reads_every_word_that_the_policy_writes():
