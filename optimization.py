@@ -65,7 +65,7 @@ def make_optimizers(policy: nn.Module, lr: float, muon: bool) -> list[torch.opti
     matrices = inner_matrices(policy.model) if muon else []
     chosen = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in policy.parameters() if id(parameter) not in chosen]
-    adam = torch.optim.Adam(others, lr=lr, eps=ADAM_EPS, betas=ADAM_BETAS)
+    adam = torch.optim.Adam(others, lr=lr, eps=ADAM_EPS, betas=ADAM_BETAS, fused=True)
     if not matrices:
         return [adam]
     return [adam, Muon(matrices, lr)]
