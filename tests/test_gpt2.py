@@ -6,6 +6,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 
 import gpt2
 import policy
+import ppo
 import sampler
 import scoring
 import supervised
@@ -103,3 +104,18 @@ def test_a_sample_is_that_of_transformers(monkeypatch):
     plain_responses, plain_states = found()
     assert torch.equal(responses, plain_responses)
     torch.testing.assert_close(states, plain_states, rtol=1e-5, atol=1e-5)
+
+
+def test_in_low_precision_the_rollout_and_the_update_say_the_same():
+    policy_model = policy.PolicyWithValue(model_of())
+    queries, mask = torch.randint(1, 50, (4, 3)), mask_of("111", "011", "001", "111")
+    generator = torch.Generator().manual_seed(0)
+    sampling = {"length": 6, "temperature": 0.7, "stop_id": 0, "generator": generator}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rollout = ppo.collect(policy_model, model_of(), queries, mask, forward_batch=4, **sampling)
+        nothing = torch.zeros_like(rollout.values)
+        losses = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.2, "temperature": 0.7}
+        loss, _, deviation = ppo.slice_losses(policy_model, rollout, torch.arange(4), nothing, nothing, **losses)
+    loss.backward()
+    assert deviation < 1e-5  # the largest |ratio - 1|
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in policy_model.model.parameters())
