@@ -174,8 +174,8 @@ def outputs(model, encoded) -> Tensor:
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
     columns = torch.arange(ids.shape[1], device=ids.device)
     last = ((ids != model.config.pad_token_id) * columns).argmax(1, keepdim=True)
-    plain = isinstance(model, GPT2ForSequenceClassification) and gpt2.fits(model.base_model) and len(encoded) == 2
-    if not plain or not mask.gather(1, last).all():
+    short = isinstance(model, GPT2ForSequenceClassification) and gpt2.fits(model.base_model) and len(encoded) == 2
+    if not short or not mask.gather(1, last).all():
         return model(**encoded).logits
     states = gpt2.hidden_states(model.base_model, ids, mask, columns.expand_as(ids), wanted=columns == last)
     return model.score(states)  # only one state of a text meets the head
