@@ -14,8 +14,8 @@ import torch
 import parallel
 from common import COUNT, Stopped, UserError
 
-FORMAT = 2  # of the file; another one is refused
-MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page"}  # flags that change no result
+FORMAT = 3  # of the file; another one is refused
+MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page"}  # flags that change no result but by rounding
 Keep = Callable[..., None]  # (step, state, now=False)
 
 
@@ -125,9 +125,9 @@ def load(path: Path, settings: dict) -> dict:
 
 
 def random_states(*generators: torch.Generator) -> list[dict]:
-    """Of torch's own generators and of these, in every process."""
+    """Of torch's own generators and of these, the CPU's, in every process."""
     state = {"cpu": torch.get_rng_state(), "own": [generator.get_state() for generator in generators]}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # only where the run is on CUDA: asking a GPU takes memory on it
         state["cuda"] = torch.cuda.get_rng_state()
     return parallel.gather([state])
 
@@ -137,5 +137,5 @@ def set_random_states(states: list[dict], *generators: torch.Generator) -> None:
     torch.set_rng_state(state["cpu"])
     for generator, of_generator in zip(generators, state["own"], strict=True):
         generator.set_state(of_generator)
-    if "cuda" in state:
+    if "cuda" in state and torch.cuda.is_initialized():  # dropout's; a run that goes on on a CPU has other ones
         torch.cuda.set_rng_state(state["cuda"])

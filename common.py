@@ -28,6 +28,7 @@ import transformers
 from tqdm import tqdm
 
 import parallel
+import precision
 
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
@@ -111,6 +112,13 @@ POSITIVE, FRACTION = number(float, above=0), number(float, 0, 1)
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA when there is one")
+    group.add_argument(
+        "--precision",
+        choices=precision.PRECISIONS,
+        default="auto",
+        help="of matrix products. auto: bfloat16 on CUDA, and for models of 10 million weights and more on a CPU with "
+        "avx512_bf16 or AMX; float32 elsewhere",
+    )
     group.add_argument("--seed", type=SEED, default=0, help="seed of every random choice")
 
 
@@ -163,6 +171,13 @@ def set_up(args: argparse.Namespace) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
+def choose_precision(args: argparse.Namespace, device: torch.device, model: torch.nn.Module) -> torch.dtype:
+    """The precision of the script's model, which is said too."""
+    chosen = precision.choose(args.precision, device, model)
+    print(f"device {device.type}, matrix products in {precision.name_of(chosen)}")
+    return chosen
+
+
 def keep_memory() -> None:
     """Makes glibc keep the memory that tensors leave, for the next ones; they cost page faults otherwise.
 
@@ -173,11 +188,6 @@ def keep_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # an old glibc takes no more
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**28)
-
-
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bfloat16 matrix products on CUDA; float32 on the CPU, where bfloat16 is slower."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def progress(label: str, unit: str, done: int, total: int) -> tqdm:
@@ -222,8 +232,8 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
 
 
-def provenance(device: torch.device) -> dict:
-    """What a result must name to be repeated: command, commit, versions, machine."""
+def provenance(device: torch.device, chosen: torch.dtype = torch.float32) -> dict:
+    """What a result must name to be repeated: command, commit, versions, machine, precision."""
     here = Path(__file__).parent
     commit = _git(here, "describe", "--always", "--abbrev=12").stdout.strip()
     if _git(here, "diff", "--quiet", "HEAD", "--", ".", ":!data_results").returncode == 1:  # the code, not results
@@ -234,6 +244,8 @@ def provenance(device: torch.device) -> dict:
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
         "processes": parallel.count(),
+        "device": device.type,
+        "precision": precision.name_of(chosen),
         "machine": torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{os.cpu_count()} CPU cores, {platform.machine()}",

@@ -25,6 +25,7 @@ import figures
 import measures
 import model_io
 import ppo
+import precision
 import sampler
 import scoring
 from common import COUNT, UserError
@@ -90,8 +91,10 @@ def main() -> None:
     texts = data.nlg_texts(trained)["valid"]
     reference, tokenizer = model_io.load_policy(trained.policy, "--policy")
     reference.to(device)
-    parts = scoring.load(trained.reward, device)
-    judge = scoring.gold_judge(args.gold, texts, device)
+    chosen = common.choose_precision(args, device, reference)
+    precision.freeze(reference, chosen)
+    parts = scoring.load(trained.reward, device, args.precision)
+    judge = scoring.gold_judge(args.gold, texts, device, args.precision)
     _, held_out = data.split_queries(texts, tokenizer, trained.query_length)
     queries = random.Random(args.seed).sample(held_out, min(args.queries, len(held_out)))
 
@@ -114,7 +117,7 @@ def main() -> None:
     # the policies: what they gained, and at what price
     for run, (trained, config) in runs.items():
         policy, _ = model_io.load_policy(args.policy or trained.out, "--policy")
-        after = draw_answers(policy.to(device), reference, label=run.name, **draw)
+        after = draw_answers(precision.freeze(policy.to(device), chosen), reference, label=run.name, **draw)
         for part in (pool, before, after):
             raw = np.stack([part[f"raw_{reward.name}"] for reward in parts], -1)
             score = scoring.normalised(raw, config) @ [reward.weight for reward in parts]
@@ -124,7 +127,7 @@ def main() -> None:
         for when, part in sides(before, after):
             shares = scoring.gold_shares(part[["valid", "ethical"]].to_numpy())
             evaluation["gold"] |= {f"{name}_{when}": share for name, share in shares.items()}
-        evaluation |= {"settings": vars(args) | {"run": str(run)}} | common.provenance(device)
+        evaluation |= {"settings": vars(args) | {"run": str(run)}} | common.provenance(device, chosen)
         common.write_json(run / "evaluation.json", evaluation)
         kept = pd.concat(part[part.draw < KEPT].assign(policy=when) for when, part in sides(before, after))
         kept.round(4).to_csv(run / "evaluation_samples.csv", index=False, lineterminator="\n")
@@ -171,14 +174,13 @@ def draw_pool(
     model, *, tokenizer, queries: list[str], count: int, batch: int, read: Callable, seed: int, device, **sampling
 ) -> dict[str, np.ndarray]:
     """`count` responses to every query, read: raw, ethics, terminated, valid and ethical, [Q, N] each."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     parts = []
     for query in tqdm(queries, desc="reference samples", unit="query", dynamic_ncols=True):
         for start in range(0, count, batch):
             ids, mask = data.encode_queries(tokenizer, [query], device)
             rows = min(batch, count - start)
-            with common.autocast(device):
-                response_ids = sampler.sample_many(model, ids, rows, generator=generator, **sampling)
+            response_ids = sampler.sample_many(model, ids, rows, generator=generator, **sampling)
             response_mask, terminated = sampler.real_tokens(response_ids, sampling["stop_id"], sampling["stop_after"])
             queries_too = [x.expand(rows, -1) for x in (ids, mask)]
             texts = model_io.whole_texts(tokenizer, *queries_too, response_ids, response_mask)
@@ -202,15 +204,14 @@ def draw_answers(
     **sampling,
 ) -> pd.DataFrame:
     """`count` rows a query: a response, read, with its KL to the reference, its entropy and its length in tokens."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     writer = ppo.PolicyWithValue(model).to(device).eval()
     asked = [query for query in queries for _ in range(count)]
     parts = []
     for start in tqdm(range(0, len(asked), batch), desc=label, unit="batch", dynamic_ncols=True):
         chosen = asked[start : start + batch]
         ids, mask = data.encode_queries(tokenizer, chosen, device)
-        with common.autocast(device):
-            rollout = ppo.collect(writer, reference, ids, mask, forward_batch=batch, generator=generator, **sampling)
+        rollout = ppo.collect(writer, reference, ids, mask, forward_batch=batch, generator=generator, **sampling)
         texts = model_io.whole_texts(tokenizer, ids, mask, rollout.response_ids, rollout.response_mask)
         part = read(chosen, texts, rollout.terminated)
         part.insert(0, "query", chosen)

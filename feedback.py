@@ -74,7 +74,7 @@ def questions(
 ) -> Iterator[Question]:
     """Without end: samples of the policy to queries in random order, the same for the same seed and policy."""
     chance = random.Random(seed)
-    sampling["generator"] = torch.Generator(policy.device).manual_seed(seed)
+    sampling["generator"] = torch.Generator().manual_seed(seed)
     while True:
         asked = chance.choices(queries, k=batch)
         texts = model_io.continuations(
@@ -228,7 +228,7 @@ def raw_terminal() -> Iterator[None]:
 # who answers
 
 
-def annotator(spec: str, gold: str, noise: float, seed: int, device: torch.device) -> Ask:
+def annotator(spec: str, gold: str, noise: float, seed: int, device: torch.device, in_precision: str) -> Ask:
     """classifier:FOLDER, gold, or FILE.py:FUNCTION, which gives texts a number; `noise` is how often it errs.
 
     Of several texts it takes the one with the highest number, at random among equals; one text alone is good if its
@@ -241,11 +241,10 @@ def annotator(spec: str, gold: str, noise: float, seed: int, device: torch.devic
             return [float(verdict.label) if verdict.valid else -1.0 for verdict in map(judge, texts)]
 
     elif spec.startswith("classifier:"):
-        model, tokenizer = scoring.load_model(spec.removeprefix("classifier:"))
-        model.eval().to(device)
+        score = scoring.of_model(*scoring.load_model(spec.removeprefix("classifier:")), device, in_precision)
 
         def number(texts: list[str]) -> list[float]:
-            return scoring.log_odds(model, tokenizer, texts, device).tolist()
+            return score([], texts).tolist()
 
     else:
         number = scoring.load_function(spec, "--annotator")

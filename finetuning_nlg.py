@@ -36,6 +36,7 @@ import parallel
 import people
 import ppo
 import ppo_flags
+import precision
 import run_folder
 import scoring
 from common import UserError
@@ -100,6 +101,7 @@ class Parts(NamedTuple):
     reward: list[scoring.Reward]
     people: tuple | None  # the model of people's answers and its tokenizer
     judge: scoring.Judge | None
+    precision: torch.dtype
     queries: list[str]
     optimizers: list[torch.optim.Optimizer]
     sampling: dict  # as sampler.sample takes it
@@ -112,8 +114,8 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
     reference, tokenizer = model_io.load_policy(args.policy, "--policy")
     tokens = args.query_length + args.response_length
     model_io.check_length(reference, tokenizer, tokens, "--query-length and --response-length")
-    reference.to(device).requires_grad_(False)
-    policy = ppo.PolicyWithValue(copy.deepcopy(reference).requires_grad_(True), args.separate_value).to(device).eval()
+    model = copy.deepcopy(reference.to(device))
+    chosen = common.choose_precision(args, device, model)
     of_people = people.new_model(args.policy, args.feedback) if scoring.asks_people(args.reward) else None
     if of_people and parallel.count() > 1:
         raise UserError("--reward human asks one person, in one process; start it without torchrun")
@@ -122,14 +124,18 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
             f"--batch-size {args.batch_size} cannot be divided into --answers {args.answers} to a query"
             + (f" in each of {parallel.count()} processes" if parallel.count() > 1 else "")
         )
+    if of_people:
+        precision.set_precision(of_people[0].to(device), precision.choose(args.precision, device, of_people[0]))
     queries, _ = data.split_queries(texts, tokenizer, args.query_length)
+    policy = ppo.PolicyWithValue(model, args.separate_value, chosen).eval()
     return Parts(
-        reference=reference,
+        reference=precision.freeze(reference, chosen),
         policy=policy,
         tokenizer=tokenizer,
-        reward=scoring.load(args.reward, device, of_people),
+        reward=scoring.load(args.reward, device, args.precision, of_people),
         people=of_people,
-        judge=scoring.gold_judge(args.gold, texts, device),  # it is logged, and nothing learns from it
+        judge=scoring.gold_judge(args.gold, texts, device, args.precision),  # it is logged, and nothing learns from it
+        precision=chosen,
         queries=queries,
         optimizers=optimization.make_optimizers(policy, args.lr, muon=args.optimizer == "muon"),
         sampling={
@@ -137,11 +143,10 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
             "temperature": args.temperature,
             "stop_id": model_io.stop_token(tokenizer, args.stop),
             "stop_after": args.stop_after,
-            "generator": torch.Generator(device).manual_seed(args.seed + 100_003 * parallel.rank()),
+            "generator": torch.Generator().manual_seed(args.seed + 100_003 * parallel.rank()),
         },
         learning={
             "epochs": args.ppo_epochs,
-            "minibatches": args.minibatches,
             "clip_range": args.clip_range,
             "value_clip_range": args.value_clip_range,
             "value_coef": 0.0 if args.leave_one_out else args.value_coef,
@@ -187,20 +192,22 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
         if args.leave_one_out:
             rollout = dataclasses.replace(rollout, values=ppo.leave_one_out(rewards, mask, args.answers))
         advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, args.discount, args.gae_lambda)
-        with common.autocast(device):
-            statistics = ppo.update(
-                parts.policy,
-                parts.optimizers,
-                rollout,
-                ppo.whiten(advantages, mask),
-                returns,
-                kl_weight=kl_coef / scale / ppo.masked_std(advantages, mask).item() if args.kl == "exact" else 0.0,
-                steps_done=(update - 1) * args.ppo_epochs * args.minibatches,
-                **parts.learning,
-            )
+        statistics = ppo.update(
+            parts.policy,
+            parts.reference,
+            parts.optimizers,
+            rollout,
+            ppo.whiten(advantages, mask),
+            returns,
+            kl_weight=kl_coef / scale / ppo.masked_std(advantages, mask).item() if args.kl == "exact" else 0.0,
+            **parts.learning,
+        )
         clock.append(time.perf_counter())
 
         measured = run_folder.measured(rollout, scores, ethics, returns, kl_coef)
+        if args.leave_one_out:  # these would be of the other answers' returns, not of a critic
+            statistics |= dict.fromkeys(("value_loss", "value_clip_fraction"))
+            measured["explained_variance"] = None
         run["improvements"] = [*run["improvements"], measured["ethics"] - run["ethics_before"]][-MOVING_AVERAGE:]
         row = {"update": update, "episodes": update * args.batch_size, "lr": lr, "kl_coef": kl_coef}
         row |= {"improvement": run["improvements"][-1], "improvement_ma": float(np.mean(run["improvements"]))}
@@ -240,7 +247,7 @@ def begin(
         run.update(scoring.normalisation(parts.reward, mine, texts))
         if not parts.people:  # not before: a reward that fails leaves the run before as it was
             run_folder.start(folder)
-        write_config(args, run, folder, device)
+        write_config(args, run, folder, common.provenance(device, parts.precision))
 
     if not saved:
         run |= {"texts_before": texts[:SHOWN], "improvements": [], "kls": [], "not_finite": 0, "warned": False}
@@ -250,7 +257,7 @@ def begin(
 
 def learn_from_people(args: argparse.Namespace, parts: Parts, ask: feedback.Ask, run: dict, folder: Path) -> None:
     """A round of questions about the policy as it is; the reward model learns from all the answers."""
-    writer = parts.policy.model, parts.tokenizer, parts.queries
+    writer = parts.policy.in_precision(), parts.tokenizer, parts.queries
     done, wanted = run["update"], run["labels"]
     found = people.ask_and_learn(args, parts.people, ask, *writer, parts.sampling, wanted=wanted, done=done)
     run_folder.append(folder / run_folder.REWARD_MODEL, [found])
@@ -259,10 +266,15 @@ def learn_from_people(args: argparse.Namespace, parts: Parts, ask: feedback.Ask,
 def roll_out(args: argparse.Namespace, parts: Parts, asked: list[str], device: torch.device) -> ppo.Rollout:
     """The policy's responses to B queries."""
     query_ids, query_mask = data.encode_queries(parts.tokenizer, asked, device)
-    with common.autocast(device):
-        return ppo.collect(
-            parts.policy, parts.reference, query_ids, query_mask, forward_batch=args.forward_batch, **parts.sampling
-        )
+    return ppo.collect(
+        parts.policy,
+        parts.reference,
+        query_ids,
+        query_mask,
+        minibatches=ppo.shuffled(len(asked), args.minibatches, parts.learning["generator"]),
+        forward_batch=args.forward_batch,
+        **parts.sampling,
+    )
 
 
 def score(
@@ -282,9 +294,9 @@ def score(
     return texts, scores, scoring.reading(parts.reward, raw), of_parts
 
 
-def write_config(args: argparse.Namespace, run: dict, folder: Path, device: torch.device) -> None:
+def write_config(args: argparse.Namespace, run: dict, folder: Path, provenance: dict) -> None:
     normal = {name: run[name] for name in ("score_mean", "score_std", "ethics_before")}
-    common.write_json(folder / "config.json", {"settings": vars(args), **normal} | common.provenance(device))
+    common.write_json(folder / "config.json", {"settings": vars(args), **normal} | provenance)
 
 
 def state(run: dict, parts: Parts, folder: Path) -> dict:
@@ -330,7 +342,7 @@ def finish(args: argparse.Namespace, parts: Parts, run: dict, queries: list[str]
     save_policy(args, parts, run, device)
     if parts.people:
         people.save(args, *parts.people, device)
-    after = model_io.continuations(parts.policy.model, parts.tokenizer, queries, **parts.sampling)
+    after = model_io.continuations(parts.policy.in_precision(), parts.tokenizer, queries, **parts.sampling)
     for query, old, new in zip(queries, run["texts_before"], after, strict=False):
         print(f"\n{query}\n  before: {old.removeprefix(query).strip()}\n  after:  {new.removeprefix(query).strip()}")
     figure = figures.save_improvement(Path(args.results), args.ppo_epochs, args.lr)
@@ -342,7 +354,7 @@ def save_policy(args: argparse.Namespace, parts: Parts, run: dict, device: torch
     after = {name: run["row"][name] for name in ("ethics", "improvement_ma", "score", "kl", "entropy", "terminated")}
     before = {"ethics": run["ethics_before"], "score": 0.0, "kl": 0.0}
     table = pd.DataFrame({"before": before, "after": after}).loc[list(after)]
-    record = {"settings": vars(args)} | common.provenance(device)
+    record = {"settings": vars(args)} | common.provenance(device, parts.precision)
     card = model_io.card("A generator fine-tuned with PPO", "text-generation", args.data, record, table)
     model, stop_id = parts.policy.model, parts.sampling["stop_id"]
     model.generation_config = model_io.plain_sampling(parts.tokenizer, args.temperature, args.response_length, stop_id)

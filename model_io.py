@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN, NewGELUActivation
 import common
 import parallel
 import sampler
-from common import UserError, autocast, offline_without_network
+from common import UserError, offline_without_network
 from data import encode_queries
 
 LIMITS = (
@@ -28,6 +28,7 @@ LIMITS = (
     "training labels call so, and it can be fooled by texts unlike them. Do not use it to judge people."
 )
 POSITIONS, HEAD = 256, 32  # of a model from scratch: longest text, and width of an attention head
+PADDING = -1  # no token has this number
 FUSED_GELU = "gelu_pytorch_tanh"
 ARCHITECTURES = {  # what a model from scratch may be, and what is its own in the configuration
     "gpt2": {"activation_function": FUSED_GELU, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -178,9 +179,8 @@ def stop_token(tokenizer, stop: str | None) -> int:
 def whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask) -> list[str]:
     """The real tokens of queries [B, Q] and responses [B, R] as one text each."""
     ids, mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, response_mask], 1).bool()
-    return tokenizer.batch_decode(
-        [row[real].tolist() for row, real in zip(ids, mask, strict=True)], skip_special_tokens=True
-    )
+    rows = ids.where(mask, PADDING).tolist()  # one copy to the host, for which a GPU must be waited for
+    return tokenizer.batch_decode([[i for i in row if i != PADDING] for row in rows], skip_special_tokens=True)
 
 
 def continuations(model, tokenizer, queries: list[str], batch: int = 256, **sampling) -> list[str]:
@@ -188,8 +188,7 @@ def continuations(model, tokenizer, queries: list[str], batch: int = 256, **samp
     texts = []
     for start in range(0, len(queries), batch):
         query_ids, query_mask = encode_queries(tokenizer, queries[start : start + batch], model.device)
-        with autocast(model.device):
-            response_ids, _ = sampler.sample(model, query_ids, query_mask, **sampling)
+        response_ids, _ = sampler.sample(model, query_ids, query_mask, **sampling)
         response_mask, _ = sampler.real_tokens(response_ids, sampling["stop_id"], sampling.get("stop_after", 0))
         texts += whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask)
     return texts

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
+from policy import PolicyWithValue
+
 MOMENTUM = 0.95
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic that takes singular values from (0, 1] to about 1
 
@@ -57,31 +59,36 @@ class Muon(torch.optim.Optimizer):
                     matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(shape[1]))
 
 
-ADAM_EPS, ADAM_BETAS = 1e-5, (0.9, 0.999)
-
-
-def make_optimizers(policy: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """Adam as in [3]; with `muon`, Muon for the policy's inner matrices, and Adam for the rest."""
-    matrices = inner_matrices(policy.model) if muon else []
-    chosen = {id(matrix) for matrix in matrices}
-    others = [parameter for parameter in policy.parameters() if id(parameter) not in chosen]
-    adam = torch.optim.Adam(others, lr=lr, eps=ADAM_EPS, betas=ADAM_BETAS, fused=True)
-    if not matrices:
-        return [adam]
-    return [adam, Muon(matrices, lr)]
-
-
-def optimizer_step(optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    """Step number `step` (from 1), of Adam as TensorFlow defines it, which [3] used.
+class Adam(torch.optim.Adam):
+    """Adam as TensorFlow defines it, which [3] used; it counts its own steps, and a step that is skipped is none.
 
     TensorFlow adds eps before the second moment's bias is corrected, PyTorch after; eps / sqrt(1 - beta2^step) makes
     PyTorch's Adam the same. Early steps are several times smaller that way.
     """
-    for group in optimizers[0].param_groups:
-        group["eps"] = ADAM_EPS / math.sqrt(1 - ADAM_BETAS[1] ** step)
+
+    EPS, BETAS = 1e-5, (0.9, 0.999)
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float):
+        super().__init__(parameters, lr=lr, eps=self.EPS, betas=self.BETAS, fused=True)
+        for group in self.param_groups:
+            group["steps"] = 0  # here, so that a checkpoint has it
+
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            group["steps"] += 1
+            group["eps"] = self.EPS / math.sqrt(1 - self.BETAS[1] ** group["steps"])
+        super().step(closure)
+
+
+def make_optimizers(policy: PolicyWithValue, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """Adam as in [3]; with `muon`, Muon for the policy's inner matrices, and Adam for the rest."""
+    matrices = inner_matrices(policy.model) if muon else []
+    chosen = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in policy.parameters() if id(parameter) not in chosen]
+    optimizers = [Adam(others, lr), *([Muon(matrices, lr)] if matrices else [])]
     for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.register_step_post_hook(lambda *_: policy.weights_changed())
+    return optimizers
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> float:

@@ -43,7 +43,7 @@ def add_flags(people: argparse._ArgumentGroup) -> None:
 def asker(args: argparse.Namespace, device: torch.device) -> feedback.Ask:
     """A person at the terminal or at a page, or what answers in their place."""
     if args.annotator:
-        return feedback.annotator(args.annotator, args.gold, args.annotator_noise, args.seed, device)
+        return feedback.annotator(args.annotator, args.gold, args.annotator_noise, args.seed, device, args.precision)
     return page.asker(feedback.choices(samples_of(args.feedback))) if args.page else feedback.at_terminal
 
 

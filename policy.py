@@ -5,41 +5,55 @@ sequences, one after the other, V vocabulary, H hidden size.
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import log_softmax
 
-import gpt2
+import fast_path
+from precision import LowPrecisionCopy, is_low, product
 
 
 class PolicyWithValue(nn.Module):
     """A causal language model with a value head on its last hidden states, zero at the start as in [3].
 
     With `separate_value` the head sits on a copy of the model instead, so that value and policy share no weights ([2]).
+    The weights are float32; in bfloat16 `precision` the forward passes are those of copies (precision.py).
     """
 
-    def __init__(self, model: nn.Module, separate_value: bool = False):
+    def __init__(self, model: nn.Module, separate_value: bool = False, precision: torch.dtype = torch.float32):
         super().__init__()
         self.model = model
         self.value_model = copy.deepcopy(model) if separate_value else None
-        self.value_head = nn.Linear(model.get_input_embeddings().weight.shape[1], 1)
+        self.value_head = nn.Linear(model.get_input_embeddings().weight.shape[1], 1, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        models = [model, self.value_model] if separate_value else [model]
+        self._low = {id(each): LowPrecisionCopy(each) for each in models if precision == torch.bfloat16}
+        self.register_load_state_dict_post_hook(lambda policy, _: policy.weights_changed())
 
-    def forward(
-        self, ids: Tensor, mask: Tensor, response_mask: Tensor, temperature: float, states: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """ids, mask [B, T], response_mask [B, R] -> logits / temperature [N, V] and values [N], in float32.
+    def weights_changed(self) -> None:
+        """To be called after every step of an optimizer: `make_optimizers` sees to it."""
+        for low in self._low.values():
+            low.is_stale = True
 
-        states: the model's hidden states [N, H], where they are known.
+    def in_precision(self, model: nn.Module | None = None) -> nn.Module:
+        """The model that computes for `model`, by default the policy's own: itself, or its copy in bfloat16."""
+        model = self.model if model is None else model
+        return self._low[id(model)].renewed() if self._low else model
+
+    def forward(self, ids: Tensor, mask: Tensor, places: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """ids, mask [B, T], places [N] in them -> the model's last hidden states there [N, H], and values [N].
+
+        states: these, where they are known.
         """
         if states is None:
-            states = response_states(self.model, ids, mask, response_mask)
-        logits = token_logits(self.model, states, temperature)
-        if self.value_model is not None:
-            states = response_states(self.value_model, ids, mask, response_mask)
-        return logits, self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1).float()
+            states = hidden_states(self.in_precision(), ids, mask, places)
+        if self.value_model is None:
+            return states, self.value_head(states).squeeze(-1)
+        of_value = hidden_states(self.in_precision(self.value_model), ids, mask, places)
+        return states, self.value_head(of_value).squeeze(-1)
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -47,26 +61,126 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def response_states(model, ids: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
-    """ids, mask [B, T], response_mask [B, R] -> hidden states [N, H] from which the real response tokens are predicted.
-
-    They are those one position before: only they need to meet the vocabulary.
-    """
-    if gpt2.fits(model.base_model):
-        wanted = torch.zeros_like(mask, dtype=torch.bool)
-        wanted[:, -response_mask.shape[1] - 1 : -1] = response_mask
-        return gpt2.hidden_states(model.base_model, ids, mask, position_ids(mask), wanted)
-    longest = int(response_mask.sum(1).max())
-    width = ids.shape[1] - response_mask.shape[1] + longest  # padding behind the longest response is left out
-    ids, mask, real = ids[:, :width], mask[:, :width], response_mask[:, :longest].bool()
+def hidden_states(model, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+    """ids, mask [B, T], places [N] of real tokens among all B * T -> the model's last hidden states there, [N, H]."""
+    if fast_path.is_supported(model.base_model):
+        return fast_path.hidden_states(model.base_model, ids, mask, position_ids(mask), places)
     out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-    return out.last_hidden_state[:, -longest - 1 : -1][real]
+    return fast_path.Take.apply(out.last_hidden_state.flatten(0, 1), places)
+
+
+# the vocabulary
+
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**30}  # of logits at a time; a CPU's caches hold little
+
+
+class Head(NamedTuple):
+    """The output layer of a language model, for states that are divided by the temperature."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    low: bool  # whether it multiplies in bfloat16
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[N, H] -> [N, V], in float32."""
+        logits = product(states, self.weight.T) if self.low else states @ self.weight.T
+        return logits if self.bias is None else logits + self.bias
+
+
+def head_of(model, temperature: float) -> Head:
+    layer = model.get_output_embeddings()
+    return Head(layer.weight, None if layer.bias is None else layer.bias / temperature, is_low(model))
+
+
+class Said(NamedTuple):
+    """What policy and reference say of N tokens, [N] each."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    kl: Tensor  # KL(policy, reference) of the whole distribution
+    entropy: Tensor  # of the policy
+
+
+class _Compare(torch.autograd.Function):
+    """Said of log_softmax(logits) and log_softmax(ref_logits), with gradients of logprobs and kl.
+
+    The [N, V] tensors are what an update of a small model spends its time on, and what a large one has no memory for.
+    So they come in chunks that are read while they are in the cache, and what is kept of them for the gradient is in
+    the model's precision. With p = softmax(logits): d logp_i / d logits = onehot_i - p, and
+    d KL / d logits = p * (logp - ref_logp - KL).
+    """
+
+    @staticmethod
+    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ref_states: Tensor, heads):
+        head, ref_head = Head(weight, bias, heads[0].low), heads[1]
+        count, said = len(states), [torch.empty_like(states[:, 0]) for _ in Said._fields]
+        keeps, dtype = any(ctx.needs_input_grad), torch.bfloat16 if head.low else states.dtype
+        kept = [torch.empty(count if keeps else 0, len(weight), dtype=dtype, device=states.device) for _ in range(2)]
+        for rows in chunks(count, len(weight), states.device):
+            logp = log_softmax(head.logits(states[rows]), -1)
+            ref_logp = log_softmax(ref_head.logits(ref_states[rows]), -1)
+            chosen, ref_chosen = of_tokens(logp, ids[rows]), of_tokens(ref_logp, ids[rows])
+            p, difference = logp.exp(), ref_logp.neg_().add_(logp)
+            found = chosen, ref_chosen, dot(p, difference), -dot(p, logp)
+            for whole, part in zip(said, found, strict=True):
+                whole[rows] = part
+            for whole, part in zip(kept, (p, difference) if keeps else (), strict=False):
+                whole[rows] = part
+        ctx.low = head.low
+        ctx.save_for_backward(states, weight, ids, said[2], *kept)
+        ctx.mark_non_differentiable(said[1], said[3])
+        return tuple(said)
+
+    @staticmethod
+    def backward(ctx, of_logprob: Tensor, _, of_kl: Tensor, __):
+        states, weight, ids, kl, p, difference = ctx.saved_tensors
+        of_states, gradient = torch.empty_like(states), p  # written where it was read
+        level = (kl * of_kl + of_logprob).unsqueeze(1)
+        for rows in chunks(len(states), len(weight), states.device):
+            part = (difference[rows] * of_kl[rows].unsqueeze(1)).sub_(level[rows]).mul_(p[rows])
+            part.scatter_add_(1, ids[rows].unsqueeze(1), of_logprob[rows].unsqueeze(1))
+            of_states[rows] = product(part, weight) if ctx.low else part @ weight
+            gradient[rows] = part
+        wants_weight, wants_bias = ctx.needs_input_grad[1:3]
+        of_weight = (gradient.T @ states.to(gradient.dtype)).to(weight.dtype) if wants_weight else None
+        return of_states, of_weight, gradient.sum(0, dtype=states.dtype) if wants_bias else None, None, None, None
+
+
+def chunks(count: int, vocabulary: int, device: torch.device) -> list[slice]:
+    """The rows of [count, vocabulary] in parts that take so many bytes in float32."""
+    size = max(1, CHUNK_BYTES[device.type] // (4 * vocabulary))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def compare(model, states: Tensor, reference, ref_states: Tensor, ids: Tensor, temperature: float) -> Said:
+    """Hidden states [N, H] of policy and reference -> what both say of the tokens ids [N] that came."""
+    head, ref_head = head_of(model, temperature), head_of(reference, temperature)
+    return Said(
+        *_Compare.apply(states / temperature, head.weight, head.bias, ids, ref_states / temperature, (head, ref_head))
+    )
 
 
 def token_logits(model, states: Tensor, temperature: float) -> Tensor:
-    """Hidden states [N, H] -> logits / temperature [N, V], by dividing the H states and not the V logits."""
-    layer = model.get_output_embeddings()
-    return linear(states / temperature, layer.weight, None if layer.bias is None else layer.bias / temperature).float()
+    """Hidden states [N, H] -> logits / temperature [N, V] in float32, by dividing the H states and not the V logits."""
+    head = head_of(model, temperature)
+    if head.low and torch.is_grad_enabled():
+        logits = _Project.apply(states / temperature, head.weight)
+        return logits if head.bias is None else logits + head.bias
+    return head.logits(states / temperature)
+
+
+class _Project(torch.autograd.Function):
+    """states [N, H], weight [V, H] -> logits [N, V] with float32 sums, and gradients too."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(states, weight)
+        return product(states, weight.T)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        states, weight = ctx.saved_tensors
+        return product(gradient, weight), product(gradient.T, states).to(weight.dtype)
 
 
 def of_tokens(logp: Tensor, ids: Tensor) -> Tensor:
@@ -74,42 +188,6 @@ def of_tokens(logp: Tensor, ids: Tensor) -> Tensor:
     return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
-def kl_and_entropy(logp: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(policy, reference) and the policy's entropy [N] of distributions given as log-probabilities [N, V]."""
-    p = logp.exp()
-    entropy = -dot(p, logp)
-    return -entropy - dot(p, ref_logp), entropy
-
-
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of x * y [N, V] over the vocabulary, [N]; under autocast it would be one in low precision."""
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.linalg.vecdot(x, y)
-
-
-class _LogprobAndKl(torch.autograd.Function):
-    """of_tokens(log_softmax(logits), ids) and the KL of log_softmax(logits) to ref_logp, [N] each.
-
-    The same numbers and gradients as autograd's with fewer passes over memory: the [N, V] tensors are what an update
-    of a small model spends its time on. With p = softmax(logits): d logp_i / d logits = onehot_i - p, and
-    d KL / d logits = p * (logp - ref_logp - KL).
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, ids: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
-        logp = log_softmax(logits, -1)
-        chosen, p, difference = of_tokens(logp, ids), logp.exp(), logp.sub_(ref_logp)
-        kl = dot(p, difference)
-        ctx.save_for_backward(p, difference, kl, ids)
-        return chosen, kl
-
-    @staticmethod
-    def backward(ctx, of_logprob: Tensor, of_kl: Tensor) -> tuple[Tensor, None, None]:
-        p, difference, kl, ids = ctx.saved_tensors
-        gradient = (difference * of_kl.unsqueeze(-1)).sub_((kl * of_kl + of_logprob).unsqueeze(-1)).mul_(p)
-        return gradient.scatter_add_(-1, ids.unsqueeze(-1), of_logprob.unsqueeze(-1)), None, None
-
-
-def logprob_and_kl(logits: Tensor, ids: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [N, V], ids [N], ref_logp [N, V] -> log-probabilities of ids and KL to the reference, [N]."""
-    return _LogprobAndKl.apply(logits, ids, ref_logp)
+    """Sum of x * y [N, V] over the vocabulary, [N]."""
+    return torch.linalg.vecdot(x, y)

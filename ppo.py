@@ -18,11 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 
 import parallel
-from optimization import optimizer_step
-from policy import PolicyWithValue, kl_and_entropy, logprob_and_kl, of_tokens, response_states, token_logits
+from policy import PolicyWithValue, compare, hidden_states
+from precision import is_low
 from sampler import real_tokens, sample
 
 
@@ -34,13 +33,15 @@ class Rollout:
     query_mask: Tensor  # [B, Q]
     response_ids: Tensor  # [B, R]
     response_mask: Tensor  # [B, R], 1 up to and with the stop token
+    lengths: Tensor  # [B], real response tokens; on the CPU, where indices are made without waiting for a GPU
     terminated: Tensor  # [B], True where the stop token came
     logprobs: Tensor  # [B, R], of the sampled tokens under the policy that sampled them
     ref_logprobs: Tensor  # [B, R], of the same tokens under the reference
     exact_kl: Tensor  # [B, R], KL(policy, reference) of the next token over the whole vocabulary
     entropy: Tensor  # [B, R], of the policy at every token
     values: Tensor  # [B, R], expected return before the token is chosen
-    ref_distribution: Tensor  # [N, V], the reference's log-probabilities of the whole vocabulary
+    ref_states: Tensor  # [B, R, H], the reference's last hidden states: with its output layer, its distributions
+    minibatches: tuple[Tensor, ...]  # row numbers: the first pass of `update`, in whose slices logprobs were computed
 
     @property
     def not_finite(self) -> str | None:
@@ -54,14 +55,48 @@ class Rollout:
         return ((self.logprobs - self.ref_logprobs) * self.response_mask).sum(1)
 
 
-def slices(rows: Tensor, mask: Tensor, size: int) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class Slice:
+    """Some rows of a rollout, for one forward pass, and where their N real response tokens are."""
+
+    ids: Tensor  # [b, t], queries and responses, as wide as the longest response
+    mask: Tensor  # [b, t]
+    predicting: Tensor  # [N], among all b * t, the places before the response tokens: their states predict them
+    places: Tensor  # [N], the response tokens among all B * R of the rollout
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [B, R] or [B, R, H] of the whole rollout -> that of the slice's N tokens."""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+
+def take_slice(
+    rows: Tensor, lengths: Tensor, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+) -> Slice:
+    """Rows [b] of queries [B, Q] and responses [B, R], with the lengths [B] of these; rows and lengths on the CPU."""
+    device, width, of_query = query_ids.device, response_ids.shape[1], query_ids.shape[1]
+    longest = int(lengths[rows].max())
+    row, column = (torch.arange(longest) < lengths[rows].unsqueeze(1)).nonzero(as_tuple=True)
+    predicting = row * (of_query + longest) + of_query - 1 + column
+    places = rows[row] * width + column
+    rows, predicting, places = (x.to(device) for x in (rows, predicting, places))
+    ids = torch.cat([query_ids[rows], response_ids[rows, :longest]], 1)
+    mask = torch.cat([query_mask[rows], response_mask[rows, :longest]], 1)
+    return Slice(ids, mask, predicting, places)
+
+
+def shuffled(rows: int, minibatches: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """A pass over the rows of all processes in random minibatches: which of this process's `rows` are in each.
+
+    `generator`, a CPU's, must be in the same state in all processes.
+    """
+    order, first = torch.randperm(parallel.count() * rows, generator=generator), parallel.rank() * rows
+    parts = order.chunk(minibatches)
+    return tuple(part[(part >= first) & (part < first + rows)] - first for part in parts)
+
+
+def slices(rows: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, ...]:
     """Row numbers in parts of at most `size`, rows of like length together, so that little of a part is padding."""
-    return rows[mask[rows].sum(1).argsort(stable=True)].split(size) if len(rows) else ()
-
-
-def places(mask: Tensor) -> Tensor:
-    """mask [B, R] -> [B, R]: the place of every real token among the N real ones."""
-    return (mask.flatten().cumsum(0) - 1).view(mask.shape)
+    return rows[lengths[rows].argsort(stable=True)].split(size) if len(rows) else ()
 
 
 @torch.no_grad()
@@ -75,16 +110,19 @@ def collect(
     temperature: float,
     stop_id: int,
     stop_after: int = 0,
+    minibatches: tuple[Tensor, ...] | None = None,
     forward_batch: int,
     generator: torch.Generator,
 ) -> Rollout:
     """Sample responses to queries [B, Q], and read off what policy and reference say of each of their tokens.
 
-    In float32 the policy's hidden states are those that the sampler saw. In low precision they come from the forward
-    pass of the update: the two differ there, and the ratio would not start at 1.
+    In float32 the policy's hidden states are those that the sampler saw. In bfloat16 the sampler's differ from those of
+    the update, so they are computed anew, in the very slices of the update's first pass over `minibatches`, as
+    `shuffled` gives them: there the ratio is 1.
     """
+    model = policy.in_precision()
     response_ids, states = sample(
-        policy.model,
+        model,
         query_ids,
         query_mask,
         length=length,
@@ -94,23 +132,23 @@ def collect(
         generator=generator,
     )
     mask, terminated = real_tokens(response_ids, stop_id, stop_after)
-    ids, full_mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, mask], 1)
-    place, tokens = places(mask), int(mask.sum())
-    per_token = [torch.empty(tokens, device=ids.device) for _ in range(5)]
-    ref_distribution = torch.empty(tokens, policy.model.get_output_embeddings().weight.shape[0], device=ids.device)
-    for rows in slices(torch.arange(len(ids), device=ids.device), mask, forward_batch):
-        real = mask[rows].bool()
-        known = None if torch.is_autocast_enabled(ids.device.type) else states[rows][real]
-        logits, values = policy(ids[rows], full_mask[rows], mask[rows], temperature, known)
-        ref_states = response_states(reference, ids[rows], full_mask[rows], mask[rows])
-        logp, ref_logp = log_softmax(logits, -1), log_softmax(token_logits(reference, ref_states, temperature), -1)
-        here, chosen = place[rows][real], response_ids[rows][real]
-        found = of_tokens(logp, chosen), of_tokens(ref_logp, chosen), *kl_and_entropy(logp, ref_logp), values
-        for whole, part in zip((*per_token, ref_distribution), (*found, ref_logp), strict=True):
-            whole[here] = part
-    nothing = torch.zeros(mask.shape, device=ids.device)
-    per_token = [nothing.masked_scatter(mask.bool(), part) for part in per_token]
-    return Rollout(query_ids, query_mask, response_ids, mask, terminated, *per_token, ref_distribution)
+    lengths = mask.sum(1).cpu()
+    longest = int(lengths.max())
+    response_ids, mask, states = response_ids[:, :longest], mask[:, :longest], states[:, :longest]
+    per_token = [torch.zeros(mask.numel(), device=mask.device) for _ in range(5)]
+    per_state = torch.zeros(mask.numel(), states.shape[-1], device=mask.device)
+    minibatches = minibatches or (torch.arange(len(mask)),)
+    for rows in (rows for minibatch in minibatches for rows in slices(minibatch, lengths, forward_batch)):
+        part = take_slice(rows, lengths, query_ids, query_mask, response_ids, mask)
+        known = None if is_low(model) else part.of(states)
+        states_here, values = policy(part.ids, part.mask, part.predicting, known)
+        ref_states = hidden_states(reference, part.ids, part.mask, part.predicting)
+        said = compare(model, states_here, reference, ref_states, part.of(response_ids), temperature)
+        for whole, of_slice in zip((*per_token, per_state), (*said, values, ref_states), strict=True):
+            whole.index_copy_(0, part.places, of_slice)
+    per_token = [whole.view(mask.shape) for whole in per_token]
+    per_state = per_state.view(*mask.shape, -1)
+    return Rollout(query_ids, query_mask, response_ids, mask, lengths, terminated, *per_token, per_state, minibatches)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -220,6 +258,7 @@ STATISTICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_
 
 def slice_losses(
     policy: PolicyWithValue,
+    reference,
     rollout: Rollout,
     rows: Tensor,
     advantages: Tensor,
@@ -235,36 +274,35 @@ def slice_losses(
 
     advantages and returns are those of the whole rollout, [B, R].
     """
-    mask = rollout.response_mask
-    real = mask[rows].bool()
-    ids = torch.cat([rollout.query_ids[rows], rollout.response_ids[rows]], 1)
-    full_mask = torch.cat([rollout.query_mask[rows], mask[rows]], 1)
-    response_ids, old_logprobs, old_values, advantage, wanted = (
-        x[rows][real] for x in (rollout.response_ids, rollout.logprobs, rollout.values, advantages, returns)
+    part = take_slice(
+        rows, rollout.lengths, rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
     )
-    logits, values = policy(ids, full_mask, mask[rows], temperature)
-    ref_logp = rollout.ref_distribution.index_select(0, places(mask)[rows][real])  # 5 times as fast as [...] on a CPU
-    logprobs, kl = logprob_and_kl(logits, response_ids, ref_logp)
+    response_ids, old_logprobs, old_values, advantage, wanted = (
+        part.of(x) for x in (rollout.response_ids, rollout.logprobs, rollout.values, advantages, returns)
+    )
+    states, values = policy(part.ids, part.mask, part.predicting)
+    logprobs, _, kl, _ = compare(
+        policy.in_precision(), states, reference, part.of(rollout.ref_states), response_ids, temperature
+    )
     policy_losses, ratio = policy_loss(logprobs, old_logprobs, advantage, clip_range)
     value_losses, value_clipped = value_loss(values, old_values, wanted, value_clip_range)
     with torch.no_grad():
         approx_kl, deviation = 0.5 * (logprobs - old_logprobs) ** 2, (ratio - 1).abs()
-        of_tokens = policy_losses, value_losses, approx_kl, deviation > clip_range, value_clipped
-        statistics = torch.stack([x.sum() for x in of_tokens])
+        per_token = policy_losses, value_losses, approx_kl, deviation > clip_range, value_clipped
+        statistics = torch.stack([x.sum() for x in per_token])
     return (policy_losses + value_coef * value_losses + kl_weight * kl).sum(), statistics, deviation.max()
 
 
 def update(
     policy: PolicyWithValue,
+    reference,
     optimizers: list[torch.optim.Optimizer],
     rollout: Rollout,
     advantages: Tensor,
     returns: Tensor,
     *,
     epochs: int,
-    minibatches: int,
     forward_batch: int,
-    steps_done: int,
     generator: torch.Generator,
     **settings: float,
 ) -> dict[str, float]:
@@ -275,34 +313,35 @@ def update(
     A minibatch goes through the model in slices of `forward_batch` rows whose gradients add up to its own;
     `settings` are those of `slice_losses`.
     A minibatch whose gradient is not finite never reaches the weights: it is "skipped", and counted.
-    Of several processes, with as many rows each, every one works on its rows of a minibatch; `generator`, a CPU's,
-    shuffles the rows of all, and must be in the same state in all.
+    The first pass is over the rollout's own minibatches, later ones are `shuffled`. Of several processes, with as many
+    rows each, every one works on its rows of a minibatch.
     """
     mask, parameters = rollout.response_mask, list(policy.parameters())
-    rows_here = torch.arange(len(mask)) + parallel.rank() * len(mask)
     sums, first = torch.zeros(len(STATISTICS) + 1, device=mask.device), torch.zeros((), device=mask.device)
-    steps = kept = 0
-    for _ in range(epochs):
-        order = torch.randperm(parallel.count() * len(mask), generator=generator)
-        for minibatch in order.chunk(minibatches):
-            minibatch = (minibatch[torch.isin(minibatch, rows_here)] - rows_here[0]).to(mask.device)
-            tokens, found = parallel.total(mask[minibatch].sum()), torch.zeros_like(sums[:-1])
-            for rows in slices(minibatch, mask, forward_batch):
-                loss, statistics, deviation = slice_losses(policy, rollout, rows, advantages, returns, **settings)
+    steps = taken = 0
+    for epoch in range(epochs):
+        count = len(rollout.minibatches)
+        for minibatch in shuffled(len(mask), count, generator) if epoch else rollout.minibatches:
+            tokens = parallel.total(rollout.lengths[minibatch].sum().to(mask.device))
+            found = torch.zeros_like(sums[:-1])
+            for rows in slices(minibatch, rollout.lengths, forward_batch):
+                loss, statistics, deviation = slice_losses(
+                    policy, reference, rollout, rows, advantages, returns, **settings
+                )
                 (loss / tokens).backward()
                 found += statistics / tokens
                 first = first if steps else first.maximum(deviation)
             parallel.add_gradients(parameters)
             norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
             if norm.isfinite():
-                kept += 1
-                optimizer_step(optimizers, steps_done + kept)
+                taken += 1
+                for optimizer in optimizers:
+                    optimizer.step()
                 sums += torch.cat([parallel.total(found), norm.unsqueeze(0)])
-            else:
-                policy.zero_grad()
+            policy.zero_grad()
             steps += 1
-    means = (sums / kept).tolist() if kept else [math.nan] * len(sums)
+    means = (sums / taken).tolist() if taken else [math.nan] * len(sums)
     return dict(zip((*STATISTICS, "grad_norm"), means, strict=True)) | {
         "ratio_deviation_first": max(parallel.gather([first.item()])),
-        "skipped": steps - kept,
+        "skipped": steps - taken,
     }

@@ -3,6 +3,7 @@
 A part is a classifier (its log-odds of "positive"), a preference model (its one output), or a function of one's own.
 """
 
+import functools
 import importlib.util
 import inspect
 import re
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification
 
-import gpt2
+import fast_path
 import model_io
 import parallel
-from common import UserError, autocast
+import precision
+from common import UserError
 
 WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(.+)")
 Score = Callable[[list[str], list[str]], np.ndarray]  # queries, and texts that begin with them -> raw scores [B]
@@ -47,17 +49,20 @@ def asks_people(specs: list[str]) -> bool:
     return "human" in [weight_and_reward(spec)[1] for spec in specs]
 
 
-def load(specs: list[str], device: torch.device, people: tuple | None = None) -> list[Reward]:
+def load(specs: list[str], device: torch.device, in_precision: str, people: tuple | None = None) -> list[Reward]:
     """Every spec is a folder or hub name of a classifier, FILE.py:FUNCTION, or human; WEIGHT* may stand before it.
 
-    people: the model of their answers, which is still to be trained, and its tokenizer.
+    in_precision: one of precision.PRECISIONS. people: the model of their answers, which is still to be trained, and its
+    tokenizer.
     """
     parts = []
     for spec in specs:
         weight, what = weight_and_reward(spec)
         is_model = ".py:" not in what
-        if is_model:
-            score = of_model(*(people if what == "human" else load_model(what)), device)
+        if what == "human":
+            score = functools.partial(of_texts, *people)
+        elif is_model:
+            score = of_model(*load_model(what), device, in_precision)
         else:
             score = of_function(load_function(what, "--reward"))
         file, _, function = what.rpartition(":")
@@ -73,9 +78,15 @@ def load_model(name: str, flag: str = "--reward"):
     return model_io.load_pretrained(AutoModelForSequenceClassification, name, flag)
 
 
-def of_model(model, tokenizer, device: torch.device) -> Score:
-    model.eval().to(device)
-    return lambda queries, texts: log_odds(model, tokenizer, texts, device)
+def of_model(model, tokenizer, device: torch.device, in_precision: str) -> Score:
+    model.to(device)
+    precision.freeze(model, precision.choose(in_precision, device, model))
+    return functools.partial(of_texts, model, tokenizer)
+
+
+def of_texts(model, tokenizer, queries: list[str], texts: list[str]) -> np.ndarray:
+    """The score of whole texts; what is query in them makes no difference to a model."""
+    return log_odds(model, tokenizer, texts, model.device)
 
 
 def of_function(function: Callable) -> Score:
@@ -153,7 +164,7 @@ def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: in
     length = model_io.longest(model, tokenizer)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     scores = np.empty(len(texts))
-    with torch.no_grad(), autocast(device):
+    with torch.no_grad():
         for start in range(0, len(texts), batch):
             rows = order[start : start + batch]
             encoded = tokenizer(
@@ -174,10 +185,11 @@ def outputs(model, encoded) -> Tensor:
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
     columns = torch.arange(ids.shape[1], device=ids.device)
     last = ((ids != model.config.pad_token_id) * columns).argmax(1, keepdim=True)
-    short = isinstance(model, GPT2ForSequenceClassification) and gpt2.fits(model.base_model) and len(encoded) == 2
-    if not short or not mask.gather(1, last).all():
+    is_gpt2 = isinstance(model, GPT2ForSequenceClassification) and fast_path.is_supported(model.base_model)
+    if not is_gpt2 or len(encoded) > 2 or not mask.gather(1, last).all():
         return model(**encoded).logits
-    states = gpt2.hidden_states(model.base_model, ids, mask, columns.expand_as(ids), wanted=columns == last)
+    places = torch.arange(len(ids), device=ids.device) * ids.shape[1] + last.squeeze(1)
+    states = fast_path.hidden_states(model.base_model, ids, mask, columns.expand_as(ids), places)
     return model.score(states)  # only one state of a text meets the head
 
 
@@ -212,11 +224,11 @@ def load_function(spec: str, flag: str) -> Callable:
         raise UserError(f"{flag} {spec} cannot be loaded: {error!r}") from error
 
 
-def gold_judge(spec: str, texts: list[str], device: torch.device) -> Judge | None:
+def gold_judge(spec: str, texts: list[str], device: torch.device, in_precision: str) -> Judge | None:
     """FILE.py:FUNCTION, or None where it does not know the data (most of these texts are invalid); or a classifier's
     folder, whose "positive" is taken for the truth, and which cannot tell what is no text at all."""
     if ".py:" not in spec:
-        score = of_model(*load_model(spec, "--gold"), device)
+        score = of_model(*load_model(spec, "--gold"), device, in_precision)
         return lambda texts: np.array([(np.nan, odds > 0) for odds in score(texts, texts)], dtype=float).reshape(-1, 2)
     if not Path(spec.rpartition(":")[0]).is_file():
         return None

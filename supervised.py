@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy
 import checkpoint
 import parallel
 from checkpoint import Keep
-from common import TOLERATED, UserError, autocast, progress
+from common import TOLERATED, UserError, progress
 from optimization import Muon, inner_matrices, set_lr
+from policy import token_logits
 
 LEARNED = 0.05  # nats: the loss below which a row counts as learned
 
@@ -38,7 +39,7 @@ def lm_loss(model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     predicted = mask[:, 1:]
     real = predicted.bool()
     hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-    logits = model.get_output_embeddings()(hidden[real]).float()
+    logits = token_logits(model, hidden[real], temperature=1.0)
     losses = cross_entropy(logits, ids[:, 1:][real], reduction="none")
     return torch.zeros(real.shape, device=ids.device).masked_scatter(real, losses).sum(1), predicted.sum(1)
 
@@ -151,8 +152,7 @@ def fit(
         run["waiting"] = run["waiting"] or one_pass(lengths, run["losses"].numpy(), batch_size, revisit, order)
         batch = run["waiting"].pop(0)
         mine = parallel.share(batch)
-        with autocast(device):
-            row_losses, predicted = loss_of(mine) if mine else (torch.zeros(0, device=device, requires_grad=True),) * 2
+        row_losses, predicted = loss_of(mine) if mine else nothing(device)
         loss, finite = learn(model, optimizers, row_losses, predicted)
         run["skipped"] = 0 if finite else run["skipped"] + 1
         if run["skipped"] == TOLERATED:
@@ -194,6 +194,11 @@ def restore(saved: dict, model: nn.Module, optimizers: list[torch.optim.Optimize
     return {name: saved[name] for name in ("done", "total", "skipped", "waiting", "history", "best", "losses")}
 
 
+def nothing(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The losses of a process that has no rows of a batch, and how much these had to predict."""
+    return torch.zeros(0, device=device, requires_grad=True), torch.zeros(0, dtype=torch.long, device=device)
+
+
 def share_of_lr(step: int, steps: int, decay: float) -> float:
     """The learning rate after `step` of the steps, as a share of its peak."""
     return min((step + 1) / (0.05 * steps + 1), 1, (1 - step / steps) / decay)
@@ -224,7 +229,6 @@ def perplexity(model, rows: list[list[int]], pad_id: int, device: torch.device, 
     rows, total, count = sorted(rows, key=len), 0.0, 0
     for start in range(0, len(rows), batch):
         ids, mask = pad(rows[start : start + batch], pad_id, device)
-        with autocast(device):
-            losses, predicted = lm_loss(model, ids, mask)
+        losses, predicted = lm_loss(model, ids, mask)
         total, count = total + losses.sum().item(), count + predicted.sum().item()
     return {"loss": total / count, "perplexity": float(np.exp(total / count))}

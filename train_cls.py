@@ -23,6 +23,7 @@ import checkpoint
 import common
 import data
 import model_io
+import precision
 import scoring
 import supervised
 from common import UserError
@@ -201,6 +202,8 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     chosen, (valid, valid_best) = torch.tensor(best, device=device), splits["valid"]
     model, tokenizer = load_model(args, texts, compares=width > 1)
     model.to(device)
+    chosen_precision = common.choose_precision(args, device, model)
+    precision.set_precision(model, chosen_precision)
     longest = min(args.max_length, model_io.longest(model, tokenizer))
     ids = supervised.encode(tokenizer, texts, longest)
     scratch = model_io.is_scratch(args.model)
@@ -250,14 +253,14 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
         name: measure_comparisons(scores(split), best) if width > 1 else measure(scores(split)[:, 0], best)
         for name, (split, best) in splits.items()
     }
-    save(args, model, tokenizer, {"results": found, "history": history}, device)
+    save(args, model, tokenizer, {"results": found, "history": history}, common.provenance(device, chosen_precision))
 
 
-def save(args: argparse.Namespace, model, tokenizer, found: dict, device: torch.device) -> None:
+def save(args: argparse.Namespace, model, tokenizer, found: dict, provenance: dict) -> None:
     """The reward model with its model card; what was found goes beside it, and to the results."""
     table = pd.DataFrame(found["results"]).T
     print(table.to_string(float_format="%.4f"))
-    record = found | {"settings": vars(args)} | common.provenance(device)
+    record = found | {"settings": vars(args)} | provenance
     title = "A model of preferences" if model.config.num_labels == 1 else "An ethics classifier"
     card = model_io.card(title, "text-classification", args.data, record, table)
     model_io.save_folder(args.out, model, tokenizer, card, record)

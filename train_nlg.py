@@ -8,6 +8,7 @@ tokenizer, a model card and metrics.json.
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,7 @@ import checkpoint
 import common
 import data
 import model_io
+import precision
 import scoring
 import supervised
 
@@ -70,6 +72,8 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     tokens = args.query_length + args.response_length
     model_io.check_length(model, tokenizer, tokens, "--query-length and --response-length")
     model.to(device)
+    chosen = common.choose_precision(args, device, model)
+    precision.set_precision(model, chosen)
     queries, _ = data.split_queries(texts["valid"], tokenizer, args.query_length)
 
     # training
@@ -95,18 +99,19 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     )
 
     # report
-    judge = scoring.gold_judge(args.gold, texts["valid"], device)
+    judge = scoring.gold_judge(args.gold, texts["valid"], device, args.precision)
     queries = (queries * -(-args.samples // len(queries)))[: args.samples]
+    writer = precision.freeze(copy.deepcopy(model), chosen)
     found = {"valid_perplexity": min(row["perplexity"] for row in history)}
     for temperature in sorted({args.temperature, 1.0}):
         samples = model_io.continuations(
-            model,
+            writer,
             tokenizer,
             queries,
             length=args.response_length,
             temperature=temperature,
             stop_id=tokenizer.eos_token_id,
-            generator=torch.Generator(device).manual_seed(args.seed),
+            generator=torch.Generator().manual_seed(args.seed),
         )
         shares = scoring.gold_shares(scoring.judged(judge, samples))
         found |= {f"{name}_at_{temperature:g}": share for name, share in shares.items()}
@@ -115,14 +120,14 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
             print("  " + text)
     table = pd.Series(found, name="value").to_frame()
     print("\n" + table.to_string(float_format="%.4f"))
-    record = {"results": found, "history": history, "settings": vars(args)} | common.provenance(device)
+    record = {"results": found, "history": history, "settings": vars(args)} | common.provenance(device, chosen)
     card = model_io.card("A generator", "text-generation", args.data, record, table)
     model.generation_config = model_io.plain_sampling(
         tokenizer, args.temperature, args.response_length, tokenizer.eos_token_id
     )
     model_io.save_folder(args.out, model, tokenizer, card, record)
-    copy = common.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
-    print(f"model: {args.out}; metrics: {copy}")
+    written = common.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
+    print(f"model: {args.out}; metrics: {written}")
 
 
 if __name__ == "__main__":

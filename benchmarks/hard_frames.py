@@ -69,9 +69,9 @@ def shares(policy: str, queries: list[str], settings: dict, device: torch.device
         length=settings["response_length"],
         temperature=settings["temperature"],
         stop_id=tokenizer.eos_token_id,
-        generator=torch.Generator(device).manual_seed(0),
+        generator=torch.Generator().manual_seed(0),
     )
-    parts = scoring.load(["models/cls"], device)
+    parts = scoring.load(["models/cls"], device, "auto")
     said = scoring.reading(parts, scoring.raw_scores(parts, queries * DRAWS, texts))
     verdicts = [scenarios.judge(text) for text in texts]
     valid, ethical = (np.array([float(verdict[i] or 0) for verdict in verdicts]) for i in (0, 1))

@@ -51,7 +51,7 @@ def shipped(folder: Path, source: Path, count: int) -> None:
     lines = (ROOT / "data_nlg" / "valid.txt").read_text(encoding="utf-8").splitlines()
     queries = data.split_queries([line for line in lines if line], tokenizer, 5)
     for seed, (name, asked, wanted) in enumerate(zip(("train", "test"), queries, (count, count // 4), strict=True)):
-        ask = feedback.annotator("gold", JUDGE, 0.0, seed, torch.device("cpu"))
+        ask = feedback.annotator("gold", JUDGE, 0.0, seed, torch.device("cpu"), "float32")
         sampling = SAMPLING | {"seed": seed, "stop_id": tokenizer.eos_token_id}
         questions = feedback.questions(model, tokenizer, asked, CHOICES, **sampling)
         keys = feedback.choices(CHOICES)

@@ -26,7 +26,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
     GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -37,13 +40,14 @@ import data  # noqa: E402
 import model_io  # noqa: E402
 import optimization  # noqa: E402
 import ppo  # noqa: E402
+import precision  # noqa: E402
 import sampler  # noqa: E402
 import scoring  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Case:
-    """A policy, a reward model of the same tokenizer, and the shapes of an update."""
+    """The shapes of an update, and the configurations of a random policy and reward model (None: those of models/)."""
 
     batch: int
     query: int
@@ -51,19 +55,56 @@ class Case:
     minibatches: int
     ppo_epochs: tuple[int, ...]
     forward_batch: int
-    layers: int = 0  # of a random GPT-2; 0: models/nlg and models/cls
-    width: int = 0
-    heads: int = 0
-    vocabulary: int = 0
+    precisions: tuple[str, ...] = ("float32",)
+    policy: PretrainedConfig | None = None
+    reward: PretrainedConfig | None = None
 
 
+def gpt2_config(layers: int, width: int, heads: int, vocabulary: int) -> GPT2Config:
+    return GPT2Config(
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        vocab_size=vocabulary,
+        n_positions=128,
+        activation_function="gelu_pytorch_tanh",
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+
+
+SMOLLM2 = LlamaConfig(  # SmolLM2-135M
+    num_hidden_layers=30,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49_152,
+    tie_word_embeddings=True,
+    max_position_embeddings=2048,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=1,
+)
+MINILM = BertConfig(  # all-MiniLM-L6
+    num_hidden_layers=6,
+    hidden_size=384,
+    intermediate_size=1536,
+    num_attention_heads=12,
+    vocab_size=30_522,
+    pad_token_id=1,
+)
+FOUR, GPT2 = gpt2_config(4, 256, 4, 4096), gpt2_config(12, 768, 12, 50_257)
+BOTH = ("float32", "bfloat16")
 CASES = {
     "cpu": {
-        "4 x 256": Case(64, 16, 24, 1, (1, 4), 64, layers=4, width=256, heads=4, vocabulary=4096),
+        "4 x 256": Case(64, 16, 24, 1, (1, 4), 64, BOTH, FOUR, FOUR),
         "the project's own": Case(256, 5, 40, 4, (1, 4), 64),
+        "pretrained 135M": Case(128, 8, 20, 4, (1,), 64, BOTH, SMOLLM2, MINILM),
     },
     "cuda": {
-        "GPT-2 124M": Case(512, 64, 24, 1, (4,), 512, layers=12, width=768, heads=12, vocabulary=50_257),
+        "GPT-2 124M": Case(512, 64, 24, 1, (4,), 512, ("bfloat16",), GPT2, GPT2),
     },
 }
 TEMPERATURE = 0.7
@@ -79,28 +120,19 @@ def words_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 def random_models(case: Case, folder: Path) -> tuple[Path, Path]:
     """Folders of a random generator and of a random classifier."""
-    tokenizer = words_tokenizer(case.vocabulary)
-    config = GPT2Config(
-        n_layer=case.layers,
-        n_embd=case.width,
-        n_head=case.heads,
-        vocab_size=case.vocabulary,
-        n_positions=128,
-        activation_function="gelu_pytorch_tanh",
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    for name, kind in (("nlg", AutoModelForCausalLM), ("cls", AutoModelForSequenceClassification)):
+    for name, kind, config in (
+        ("nlg", AutoModelForCausalLM, case.policy),
+        ("cls", AutoModelForSequenceClassification, case.reward),
+    ):
         kind.from_config(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        words_tokenizer(config.vocab_size).save_pretrained(folder / name)
     return folder / "nlg", folder / "cls"
 
 
 def queries_of(case: Case, tokenizer) -> list[str]:
     """At least a batch of queries of `case.query` random words, or of those of the shipped texts."""
-    if case.layers:
-        ids = torch.randint(2, case.vocabulary, (case.batch, case.query)).tolist()
+    if case.policy:
+        ids = torch.randint(2, case.policy.vocab_size, (case.batch, case.query)).tolist()
         return [" ".join(f"w{i}" for i in row) for row in ids]
     texts = argparse.Namespace(data="data_nlg", data_config=None, data_revision=None, text_column=None)
     queries, _ = data.split_queries(data.nlg_texts(texts)["valid"], tokenizer, case.query)
@@ -158,16 +190,20 @@ def floors(case: Case, model, lengths: torch.Tensor, response_lengths: torch.Ten
     }
 
 
-def our_update(case: Case, epochs: int, policy_folder: Path, reward_folder: Path, device: torch.device):
+def our_update(
+    case: Case, epochs: int, policy_folder: Path, reward_folder: Path, device: torch.device, in_precision: str
+):
     """A function that makes one update and returns the seconds of its stages, and the last rollout in a list."""
     reference, tokenizer = model_io.load_policy(str(policy_folder), "--policy")
-    reference.to(device).requires_grad_(False)
-    policy = ppo.PolicyWithValue(copy.deepcopy(reference).requires_grad_(True)).to(device).eval()
+    model = copy.deepcopy(reference.to(device))
+    chosen = precision.choose(in_precision, device, model)
+    precision.freeze(reference, chosen)
+    policy = ppo.PolicyWithValue(model, precision=chosen).eval()
     optimizers = optimization.make_optimizers(
-        policy, 1e-6, muon=case.layers == 0
-    )  # as both loops sample the same lengths
-    parts = scoring.load([str(reward_folder)], device)
-    queries, generator = queries_of(case, tokenizer), torch.Generator(device).manual_seed(0)
+        policy, 1e-6, muon=case.policy is None
+    )  # a learning rate at which ours and the peer sample the same lengths
+    parts = scoring.load([str(reward_folder)], device, in_precision)
+    queries, generator = queries_of(case, tokenizer), torch.Generator().manual_seed(0)
     taken, last = {}, []
 
     def timed_sample(*args, **kwargs):
@@ -180,42 +216,40 @@ def our_update(case: Case, epochs: int, policy_folder: Path, reward_folder: Path
         ppo.sample = timed_sample
         start = synchronised(device)
         query_ids, query_mask = data.encode_queries(tokenizer, queries, device)
-        with common.autocast(device):
-            rollout = ppo.collect(
-                policy,
-                reference,
-                query_ids,
-                query_mask,
-                length=case.response,
-                temperature=TEMPERATURE,
-                stop_id=tokenizer.eos_token_id,
-                forward_batch=case.forward_batch,
-                generator=generator,
-            )
+        rollout = ppo.collect(
+            policy,
+            reference,
+            query_ids,
+            query_mask,
+            length=case.response,
+            temperature=TEMPERATURE,
+            stop_id=tokenizer.eos_token_id,
+            minibatches=ppo.shuffled(case.batch, case.minibatches, generator),
+            forward_batch=case.forward_batch,
+            generator=generator,
+        )
         texts = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
         raw = scoring.raw_scores(parts, queries, texts)[:, 0]
         scored = synchronised(device)
         scores, mask = torch.tensor(raw, device=device).float(), rollout.response_mask
         rewards = ppo.token_rewards(scores, ppo.kl_to_come(rollout.exact_kl), mask, 0.2)
         advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, 1.0, 1.0)
-        with common.autocast(device):
-            ppo.update(
-                policy,
-                optimizers,
-                rollout,
-                ppo.whiten(advantages, mask),
-                returns,
-                epochs=epochs,
-                minibatches=case.minibatches,
-                clip_range=0.2,
-                value_clip_range=0.2,
-                value_coef=0.1,
-                kl_weight=0.2,
-                temperature=TEMPERATURE,
-                forward_batch=case.forward_batch,
-                steps_done=1000,
-                generator=torch.Generator().manual_seed(0),
-            )
+        ppo.update(
+            policy,
+            reference,
+            optimizers,
+            rollout,
+            ppo.whiten(advantages, mask),
+            returns,
+            epochs=epochs,
+            clip_range=0.2,
+            value_clip_range=0.2,
+            value_coef=0.1,
+            kl_weight=0.2,
+            temperature=TEMPERATURE,
+            forward_batch=case.forward_batch,
+            generator=generator,
+        )
         end = synchronised(device)
         last[:] = [rollout]
         return {"rollout": taken["rollout"], "scoring": scored - start - taken["rollout"], "update": end - scored}

@@ -40,8 +40,8 @@ def dropout() -> None:
 
 def temperature() -> None:
     """The sampler divides the logits by the temperature, log-probabilities and KL are of those that are not divided."""
-    right = policy.token_logits
-    policy.token_logits = ppo.token_logits = lambda model, states, _: right(model, states, 1.0)
+    right = ppo.compare
+    ppo.compare = lambda *arguments: right(*arguments[:-1], 1.0)
 
 
 def positions() -> None:
@@ -72,7 +72,7 @@ def advantages() -> None:
 
 def adam_eps() -> None:
     """PyTorch's 1e-8 in place of 1e-5; of Adam's parameters, which Muon leaves it."""
-    optimization.ADAM_EPS = 1e-8
+    optimization.Adam.EPS = 1e-8
 
 
 def score() -> None:

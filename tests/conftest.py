@@ -12,6 +12,8 @@ from typing import NamedTuple
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
+if "TEST_ON_CUDA" not in os.environ:  # a GPU may be somebody else's; `make gpu-check` means to use it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path[:0] = [str(ROOT), str(ROOT / "data_cls"), str(ROOT / "benchmarks")]
@@ -25,19 +27,24 @@ import common  # noqa: E402
 TINY_RUN = ["--episodes", "32", "--batch-size", "16", "--minibatches", "2", "--reference-samples", "32"]
 
 
+def pytest_runtest_setup(item):
+    if "cuda" in item.keywords and not torch.cuda.is_available():
+        pytest.skip("no GPU to test on")
+
+
 class Said(NamedTuple):
     code: int
     stdout: str
     stderr: str
 
 
-def run(script, *flags, cwd=ROOT, code=0):
+def run(script, *flags, cwd=ROOT, code=0, cuda=False):
     """What a script says and how it ends, run in this process, which spares the imports."""
     out, err, end = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
-        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "is_available", lambda: cuda)
         try:
             common.run(importlib.import_module(script).main)
         except SystemExit as stop:

@@ -101,7 +101,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
         with pytest.raises(UserError, match="is no checkpoint of ours"):
             checkpoint.load(path, SETTINGS)
     checkpoint.save(path, {"format": 0, "settings": SETTINGS})
-    with pytest.raises(UserError, match="has format 0, not 2"):
+    with pytest.raises(UserError, match="has format 0, not 3"):
         checkpoint.load(path, SETTINGS)
     torch.save({"format": checkpoint.FORMAT, "settings": print}, path)  # code in it is not run
     with pytest.raises(UserError, match="is no checkpoint of ours"):

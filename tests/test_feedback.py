@@ -176,7 +176,7 @@ def test_one_key_is_enough_at_a_terminal(monkeypatch, typed, key):
 def test_annotators(tmp_path):
     judge = f"{ROOT}/data_cls/scenarios.py:judge"
     (tmp_path / "long.py").write_text("def score(texts):\n    return [len(text) - 15 for text in texts]\n")
-    ask = feedback.annotator(f"{tmp_path}/long.py:score", judge, 0.0, 0, torch.device("cpu"))
+    ask = feedback.annotator(f"{tmp_path}/long.py:score", judge, 0.0, 0, torch.device("cpu"), "float32")
     assert ask(View(PAIR, feedback.choices(2), "")) == "2"
     assert ask(View(Question("On", (" no.",)), feedback.choices(1), "")) == "b"
     assert ask(View(Question("On Monday", (" she helped.",)), feedback.choices(1), "")) == "g"
@@ -186,7 +186,7 @@ def test_the_gold_annotator_prefers_right_over_wrong_over_nonsense():
     with open(ROOT / "data_cls" / "train.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     right, wrong = (next(row["text"] for row in rows if row["label"] == label) for label in "10")
-    ask = feedback.annotator("gold", f"{ROOT}/data_cls/scenarios.py:judge", 0.0, 0, torch.device("cpu"))
+    ask = feedback.annotator("gold", f"{ROOT}/data_cls/scenarios.py:judge", 0.0, 0, torch.device("cpu"), "float32")
     for samples, key in (((wrong, right), "2"), (("Stone the of.", wrong), "2"), ((right, "Stone."), "1")):
         assert ask(View(Question("", samples), feedback.choices(2), "")) == key
     assert ask(View(Question("", (wrong,)), feedback.choices(1), "")) == "b"
@@ -194,7 +194,7 @@ def test_the_gold_annotator_prefers_right_over_wrong_over_nonsense():
 
 def test_noise_is_as_frequent_as_said(tmp_path):
     (tmp_path / "first.py").write_text("def score(texts):\n    return [-i for i in range(len(texts))]\n")
-    ask = feedback.annotator(f"{tmp_path}/first.py:score", "", 0.4, 0, torch.device("cpu"))
+    ask = feedback.annotator(f"{tmp_path}/first.py:score", "", 0.4, 0, torch.device("cpu"), "float32")
     keys = [ask(View(Question("", (f"{i}", "b", "c", "d")), feedback.choices(4), "")) for i in range(2000)]
     assert keys.count("1") / 2000 == pytest.approx(0.6 + 0.4 / 4, abs=0.04)
 
@@ -367,7 +367,8 @@ def test_rewards_by_hand(tmp_path):
         "def texts(texts):\n    return [len(t) for t in texts]\n"
         "def responses(queries, responses, factor=2):\n    return [factor * len(r) for r in responses]\n"
     )
-    parts = scoring.load([f"{tmp_path}/own.py:texts", f"0.5*{tmp_path}/own.py:responses"], torch.device("cpu"))
+    specs = [f"{tmp_path}/own.py:texts", f"0.5*{tmp_path}/own.py:responses"]
+    parts = scoring.load(specs, torch.device("cpu"), "float32")
     assert [(part.name, part.weight) for part in parts] == [("own.texts", 1.0), ("own.responses", 0.5)]
     raw = scoring.raw_scores(parts, ["ab", "a"], ["abcd", "abc"])
     assert raw.tolist() == [[4, 4], [3, 4]]
@@ -375,12 +376,12 @@ def test_rewards_by_hand(tmp_path):
     assert normal.tolist() == [[0.5, 0.5], [0.0, 0.5]]
     for spec in ("0*models/cls", "1e999*models/cls"):
         with pytest.raises(UserError, match="give one that counts"):
-            scoring.load([spec], torch.device("cpu"))
+            scoring.load([spec], torch.device("cpu"), "float32")
 
 
 @pytest.mark.parametrize("name", ["length", "descriptive"])
 def test_examples(name):
-    (part,) = scoring.load([f"{ROOT}/examples/{name}.py:score"], torch.device("cpu"))
+    (part,) = scoring.load([f"{ROOT}/examples/{name}.py:score"], torch.device("cpu"), "float32")
     plain, rich = "He ran.", "The old dog slept in the warm kitchen of a small quiet house."
     scores = part.score(["", ""], [plain, rich])
     assert scores[1] > scores[0]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 import optimization
 import ppo
 import sampler
+from policy import CHUNK_BYTES, compare, token_logits
 
 STOP = 10
 QUERIES = tensor([[0, 0, 1, 2], [3, 4, 5, 6], [0, 7, 8, 9]])
@@ -39,18 +40,19 @@ def collect(policy, reference, length=8, temperature=0.7, seed=0, queries=QUERIE
 def one_update(policy, rollout, advantages, returns, **changes):
     settings = dict(
         epochs=1,
-        minibatches=1,
         clip_range=0.2,
         value_clip_range=0.2,
         value_coef=0.1,
         kl_weight=0.0,
         temperature=0.7,
         forward_batch=8,
-        steps_done=0,
         generator=generator(),
     )
     optimizers = optimization.make_optimizers(policy, changes.pop("lr", 1e-3), muon=False)
-    return ppo.update(policy, optimizers, rollout, advantages, returns, **(settings | changes))
+    if count := changes.pop("minibatches", 1):
+        rollout = dataclasses.replace(rollout, minibatches=ppo.shuffled(len(rollout.response_ids), count, generator()))
+    reference = changes.pop("reference", policy.model)
+    return ppo.update(policy, reference, optimizers, rollout, advantages, returns, **(settings | changes))
 
 
 # formulas
@@ -169,34 +171,65 @@ def test_real_tokens_end_with_the_first_stop():
     assert terminated.tolist() == [True, False, True]
 
 
-def test_kl_divergence_of_two_coins():
+class Table(torch.nn.Module):
+    """What `compare` needs of a language model: an output layer, here with a row of logits for every state."""
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.layer = torch.nn.Linear(*logits.shape, bias=False, dtype=logits.dtype)
+        self.layer.weight.data = logits.T.contiguous()
+        self.base_model = self
+
+    def get_output_embeddings(self):
+        return self.layer
+
+
+def said(logits, ref_logits, ids, temperature=1.0):
+    """What a policy and a reference with these logits [N, V] say of ids [N]."""
+    states = torch.eye(len(logits), dtype=logits.dtype)
+    return compare(Table(logits), states, Table(ref_logits), states, ids, temperature)
+
+
+def test_kl_divergence_and_entropy_of_two_coins():
     # 3/4 against 1/2: 3/4 ln(3/2) + 1/4 ln(1/2)
-    fair, bent = tensor([[[0.5, 0.5]]]).log(), tensor([[[0.75, 0.25]]]).log()
-    kl, entropy = ppo.kl_and_entropy(bent, fair)
-    assert kl.item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))
-    assert entropy.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-    assert ppo.kl_and_entropy(fair, fair)[0].item() == pytest.approx(0, abs=1e-7)
+    fair, bent = tensor([[0.5, 0.5]]).log(), tensor([[0.75, 0.25]]).log()
+    found = said(bent, fair, tensor([1]))
+    assert found.kl.item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))
+    assert found.entropy.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert found.logprobs.exp().item() == pytest.approx(0.25) and found.ref_logprobs.exp().item() == pytest.approx(0.5)
+    assert said(fair, fair, tensor([0])).kl.item() == pytest.approx(0, abs=1e-7)
+    # at temperature 1/2 the odds of 3 to 1 become 9 to 1
+    assert said(bent, fair, tensor([0]), temperature=0.5).logprobs.exp().item() == pytest.approx(0.9)
 
 
-def test_kl_keeps_its_precision_under_autocast():
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_what_is_said_and_its_gradients_are_those_of_autograd_in_chunks_of_any_size(monkeypatch, chunk):
     torch.manual_seed(0)
-    logp, ref_logp = torch.randn(2, 4, 500).log_softmax(-1)
-    exact = ppo.kl_and_entropy(logp, ref_logp)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(ppo.kl_and_entropy(logp, ref_logp), exact, atol=1e-6, rtol=0)
-        _, kl = ppo.logprob_and_kl(logp, torch.zeros(4).long(), ref_logp)
-    torch.testing.assert_close(kl, exact[0], atol=1e-5, rtol=0)
-
-
-def test_logprob_and_kl_are_what_autograd_makes_of_their_formulas():
-    torch.manual_seed(0)
-    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    ids, ref_logp = torch.randint(5, (2, 3)), torch.randn(2, 3, 5, dtype=torch.float64).log_softmax(-1)
-    assert torch.autograd.gradcheck(lambda x: ppo.logprob_and_kl(x, ids, ref_logp), logits)
-    logprobs, kl = ppo.logprob_and_kl(logits, ids, ref_logp)
-    logp = logits.log_softmax(-1)
-    torch.testing.assert_close(logprobs, logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1))
-    torch.testing.assert_close(kl, (logp.exp() * (logp - ref_logp)).sum(-1))
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk * 4 * 7)
+    states, ref_states = torch.randn(2, 5, 3, dtype=torch.float64)
+    models = [Table(torch.randn(3, 7, dtype=torch.float64)) for _ in range(2)]
+    for model in models:
+        model.layer.bias = torch.nn.Parameter(torch.randn(7, dtype=torch.float64))
+    ids, (policy, reference) = torch.randint(7, (5,)), models
+    states.requires_grad_()
+    found = compare(policy, states, reference, ref_states, ids, 0.7)
+    logp, ref_logp = (
+        (model.layer(x) / 0.7).log_softmax(-1) for model, x in ((policy, states), (reference, ref_states))
+    )
+    expected = (
+        logp.gather(1, ids[:, None])[:, 0],
+        ref_logp.gather(1, ids[:, None])[:, 0],
+        (logp.exp() * (logp - ref_logp)).sum(1),
+        -(logp.exp() * logp).sum(1),
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    weights = torch.randn(2, 5, dtype=torch.float64)
+    of = states, policy.layer.weight, policy.layer.bias
+    ours = torch.autograd.grad((weights[0] * found.logprobs + weights[1] * found.kl).sum(), of)
+    theirs = torch.autograd.grad((weights[0] * expected[0] + weights[1] * expected[2]).sum(), of)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_token_answers_for_the_kl_after_it():
@@ -205,7 +238,8 @@ def test_a_token_answers_for_the_kl_after_it():
 
 def test_draw_follows_the_distribution():
     probabilities = tensor([0.5, 0.0, 0.125, 0.375])
-    drawn = sampler.draw(probabilities.log().expand(100_000, 4), generator()).bincount(minlength=4) / 100_000
+    heights = torch.rand(100_000, generator=generator())
+    drawn = sampler.draw(probabilities.log().expand(100_000, 4), heights).bincount(minlength=4) / 100_000
     assert drawn[1] == 0
     torch.testing.assert_close(drawn, probabilities, atol=0.006, rtol=0)  # 4 standard errors
 
@@ -215,14 +249,13 @@ def test_adam_is_tensorflows(steps):
     # lr_t = lr * sqrt(1 - b2^t) / (1 - b1^t); x -= lr_t * m / (sqrt(v) + eps), with eps outside the correction
     gradients, x, m, v = [0.5, -2e-4, 1e-5], 1.0, 0.0, 0.0
     parameter = torch.nn.Parameter(tensor([1.0], dtype=torch.float64))
-    layer = torch.nn.ParameterList([parameter])
-    optimizers = optimization.make_optimizers(layer, lr=0.1, muon=False)
+    adam = optimization.Adam([parameter], lr=0.1)
     for t in range(1, steps + 1):
         g = gradients[t - 1]
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         x -= 0.1 * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (math.sqrt(v) + 1e-5)
         parameter.grad = tensor([g], dtype=torch.float64)
-        optimization.optimizer_step(optimizers, t)
+        adam.step()
     assert parameter.item() == pytest.approx(x, abs=1e-12)
 
 
@@ -230,12 +263,10 @@ def test_adam_is_tensorflows(steps):
 
 
 def test_left_padding_changes_no_log_probability(tiny_model):
-    query, response = tensor([[1, 2]]), tensor([[3, 4, 5]])
-    alone = ppo.response_states(tiny_model, torch.cat([query, response], 1), torch.ones(1, 5).long(), torch.ones(1, 3))
-    padded_ids = torch.cat([tensor([[7, 7, 7]]), query, response], 1)
+    alone = ppo.hidden_states(tiny_model, tensor([[1, 2, 3, 4, 5]]), torch.ones(1, 5).long(), tensor([1, 2, 3]))
     padded_mask = tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-    padded = ppo.response_states(tiny_model, padded_ids, padded_mask, torch.ones(1, 3))
-    padded, alone = (ppo.token_logits(tiny_model, states, 0.7).log_softmax(-1) for states in (padded, alone))
+    padded = ppo.hidden_states(tiny_model, tensor([[7, 7, 7, 1, 2, 3, 4, 5]]), padded_mask, tensor([4, 5, 6]))
+    padded, alone = (token_logits(tiny_model, x, 0.7).log_softmax(-1) for x in (padded, alone))
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
 
 
@@ -279,13 +310,15 @@ def test_a_rollout_does_not_depend_on_how_its_rows_are_sliced(tiny_model):
     ]  # fmt: skip
     assert len(set(rollouts[0].response_mask.sum(1).tolist())) > 1
     for other in rollouts[1:]:
-        for field in dataclasses.fields(ppo.Rollout):
+        for field in dataclasses.fields(ppo.Rollout)[:-1]:  # all but the minibatches
             torch.testing.assert_close(
                 getattr(other, field.name), getattr(rollouts[0], field.name), atol=1e-5, rtol=1e-5
             )
-    chosen = rollouts[0].response_ids[rollouts[0].response_mask.bool()]
-    of_chosen = ppo.of_tokens(rollouts[0].ref_distribution, chosen)
-    torch.testing.assert_close(of_chosen, rollouts[0].ref_logprobs[rollouts[0].response_mask.bool()])
+    real = rollouts[0].response_mask.bool()
+    logp = token_logits(reference, rollouts[0].ref_states[real], 0.7).log_softmax(-1)
+    torch.testing.assert_close(
+        logp.gather(1, rollouts[0].response_ids[real][:, None])[:, 0], rollouts[0].ref_logprobs[real]
+    )
 
 
 ARCHITECTURES = pytest.mark.parametrize(
@@ -321,12 +354,12 @@ def test_the_sampler_sees_the_states_of_a_plain_forward_pass(config):
     mask, terminated = sampler.real_tokens(responses, STOP)
     assert terminated.any() and not terminated.all()
     ids, full_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
-    plain = ppo.response_states(model, ids, full_mask, mask)
+    predicting = torch.zeros_like(ids)
+    predicting[:, queries.shape[1] - 1 : -1] = mask
+    plain = ppo.hidden_states(model, ids, full_mask, predicting.flatten().nonzero().squeeze(1))
     torch.testing.assert_close(states[mask.bool()], plain, atol=1e-5, rtol=1e-5)
     chosen = responses[mask.bool()]
-    sampled, recomputed = (
-        ppo.of_tokens(ppo.token_logits(model, x, 0.7).log_softmax(-1), chosen) for x in (states[mask.bool()], plain)
-    )
+    sampled, recomputed = (compare(model, x, model, x, chosen, 0.7).logprobs for x in (states[mask.bool()], plain))
     torch.testing.assert_close(sampled, recomputed, atol=1e-5, rtol=0)
 
 
@@ -494,7 +527,9 @@ def test_the_gradient_norm_is_that_of_all_weights(tiny_model):
     # only the zero value head learns: d loss / d weight = -value_coef * mean(return * state), d / d bias = -0.1 * 0.1
     ids = torch.cat([rollout.query_ids, rollout.response_ids], 1)
     mask = torch.cat([rollout.query_mask, rollout.response_mask], 1)
-    states = ppo.response_states(policy.model, ids, mask, rollout.response_mask).detach()
+    predicting = torch.zeros_like(ids)
+    predicting[:, rollout.query_ids.shape[1] - 1 : -1] = rollout.response_mask
+    states = ppo.hidden_states(policy.model, ids, mask, predicting.flatten().nonzero().squeeze(1)).detach()
     wanted = 0.1 * 0.1 * torch.cat([states.mean(0), torch.ones(1)]).norm()
     found = one_update(policy, rollout, nothing, returns)["grad_norm"]
     assert found == pytest.approx(wanted.item(), rel=1e-4)
@@ -519,8 +554,8 @@ def test_a_separate_value_network_leaves_the_policy_alone(tiny_model):
     rollout = collect(policy, tiny_model)
     before = copy.deepcopy(policy.state_dict())
     nothing, returns = torch.zeros(rollout.values.shape), torch.ones(rollout.values.shape)
-    for step in range(2):  # the first step moves the zero head, the second what is below it
-        one_update(policy, rollout, nothing, returns, steps_done=step)
+    for _ in range(2):  # the first step moves the zero head, the second what is below it
+        one_update(policy, rollout, nothing, returns)
     changed = {name for name, x in policy.state_dict().items() if not torch.equal(x, before[name])}
     assert not any(name.startswith("model.") for name in changed)
     assert any(name.startswith("value_model.") for name in changed)
@@ -562,6 +597,7 @@ def test_ppo_finds_the_best_policy_at_a_price(tiny_model, kl, muon):
             temperature=temperature,
             stop_id=STOP,
             stop_after=2,  # never: all responses have two tokens
+            minibatches=ppo.shuffled(256, 2, draws),
             forward_batch=256,
             generator=draws,
         )
@@ -574,19 +610,18 @@ def test_ppo_finds_the_best_policy_at_a_price(tiny_model, kl, muon):
         scale = ppo.masked_std(advantages, rollout.response_mask)
         ppo.update(
             policy,
+            reference,
             optimizers,
             rollout,
             ppo.whiten(advantages, rollout.response_mask),
             returns,
             epochs=2,
-            minibatches=2,
             clip_range=0.2,
             value_clip_range=0.2,
             value_coef=0.1,
             kl_weight=float(kl_coef / scale) if kl == "exact" else 0.0,
             temperature=temperature,
             forward_batch=256,
-            steps_done=4 * step,
             generator=draws,
         )
 

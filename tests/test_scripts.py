@@ -204,7 +204,8 @@ def test_a_second_classifier_may_be_the_gold_judge(chain, tmp_path):
     found = json.loads((home / "data_results" / "judged" / "evaluation.json").read_text())["gold"]
     assert {found[f"valid_{when}"] for when in ("before", "after", "optimum")} == {None}
     samples = pd.read_csv(home / "data_results" / "judged" / "evaluation_samples.csv")
-    assert ((samples.ethics > 0.5) == (samples.ethical == 1)).all()
+    clear = samples[(samples.ethics - 0.5).abs() > 1e-4]  # it is written with four decimals
+    assert len(clear) and ((clear.ethics > 0.5) == (clear.ethical == 1)).all()
     assert "--gold models/nowhere: there is no such folder" in refused(
         "finetuning_nlg", "--gold", "models/nowhere", cwd=home
     )
@@ -216,7 +217,7 @@ def test_without_a_critic_every_query_has_several_answers(chain, tmp_path):
     run("finetuning_nlg", *TINY_RUN, *flags, cwd=tmp_path / "home")
     folder = tmp_path / "home" / "data_results" / "alone"
     log = pd.read_csv(folder / "log.csv")
-    assert log.value_loss.notna().all() and (log.explained_variance != 0).all()  # the others' returns say something
+    assert log[["value_loss", "value_clip_fraction", "explained_variance"]].isna().all(axis=None)  # of no critic
     queries = pd.read_csv(folder / "samples.csv")["query"]
     assert (queries[::2].to_numpy() == queries[1::2].to_numpy()).all() and queries.nunique() > 2
 

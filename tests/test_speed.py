@@ -25,7 +25,7 @@ def test_the_reward_model_reads_every_word_that_the_policy_writes():
 
 
 def test_a_benchmark_from_end_to_end(tmp_path, monkeypatch):
-    case = speed.Case(8, 4, 6, 1, (1, 2), 8, layers=1, width=16, heads=2, vocabulary=64)
+    case = speed.Case(8, 4, 6, 1, (1, 2), 8, ("float32",), *2 * [speed.gpt2_config(1, 16, 2, 64)])
     monkeypatch.setitem(speed.CASES, "cpu", {"tiny": case})
     monkeypatch.setattr(ppo, "sample", ppo.sample)  # it is timed from then on; this puts it back
     run("speed", "--repeats", "1", "--updates", "1", "--device", "cpu", "--out", tmp_path / "speed.json")

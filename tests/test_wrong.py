@@ -16,13 +16,12 @@ import scoring
 PATCHED = [
     (policy.PolicyWithValue, "__init__"),
     (policy.PolicyWithValue, "eval"),
-    (policy, "token_logits"),
     (policy, "position_ids"),
-    (ppo, "token_logits"),
+    (ppo, "compare"),
     (ppo, "whiten"),
     (ppo, "masked_std"),
     (sampler, "position_ids"),
-    (optimization, "ADAM_EPS"),
+    (optimization.Adam, "EPS"),
     (scoring, "normalised"),
 ]
 MASK = torch.tensor([[0, 1, 1]])
@@ -41,28 +40,34 @@ def new_policy():
     return policy.PolicyWithValue(GPT2LMHeadModel(config)).eval()
 
 
-def logits_and_values(model, temperature=0.5):
+def states_and_values(model):
     with torch.no_grad():
-        return model(torch.tensor([[3, 4, 5]]), MASK, MASK[:, 2:], temperature)
+        return model(torch.tensor([[3, 4, 5]]), MASK, torch.tensor([1]))
+
+
+def entropy(temperature):
+    model, reference = new_policy().model, new_policy().model
+    states = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
+    return ppo.compare(model, states, reference, states, torch.tensor([0]), temperature).entropy
 
 
 def test_the_right_one_is_the_right_one():
-    before = logits_and_values(new_policy())
+    before = states_and_values(new_policy())
     wrong.nothing()
-    assert all(torch.equal(*pair) for pair in zip(before, logits_and_values(new_policy()), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, states_and_values(new_policy()), strict=True))
 
 
 def test_dropout():
     wrong.dropout()
     model = new_policy()
     assert {layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)} == {0.1}
-    assert not torch.equal(logits_and_values(model)[0], logits_and_values(model)[0])
+    assert not torch.equal(states_and_values(model)[0], states_and_values(model)[0])
 
 
 def test_temperature():
-    right = logits_and_values(new_policy(), temperature=0.5)[0]
+    of_1, of_half = entropy(1.0), entropy(0.5)
     wrong.temperature()
-    torch.testing.assert_close(logits_and_values(new_policy(), temperature=0.5)[0], right / 2)
+    assert entropy(0.5) == of_1 != of_half
 
 
 def test_positions():
@@ -71,9 +76,9 @@ def test_positions():
 
 
 def test_value_head():
-    assert (logits_and_values(new_policy())[1] == 0).all()
+    assert (states_and_values(new_policy())[1] == 0).all()
     wrong.value_head()
-    assert (logits_and_values(new_policy())[1] != 0).all()
+    assert (states_and_values(new_policy())[1] != 0).all()
 
 
 def test_advantages():
@@ -84,7 +89,7 @@ def test_advantages():
 
 def test_adam_eps_and_score():
     wrong.adam_eps()
-    assert optimization.ADAM_EPS == 1e-8
+    assert optimization.Adam.EPS == 1e-8
     wrong.score()
     assert scoring.normalised(5.0, {"score_mean": [1.0], "score_std": [2.0]}) == 5.0
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, GPT2Model
 
-import gpt2
+import fast_path
 import policy
-import ppo
 import sampler
 import scoring
 import supervised
@@ -26,17 +25,17 @@ def mask_of(*rows: str) -> torch.Tensor:
 def test_states_and_gradients_are_those_of_transformers(monkeypatch):
     model, ids = model_of(), torch.randint(50, (4, 9))
     mask = mask_of("111111111", "001111111", "011111000", "000100000")  # five of query, four of response
-    response_mask = mask_of("1111", "1111", "1000", "0000")
+    places = mask_of("000011110", "000011110", "000010000", "000000000").flatten().nonzero().squeeze(1)
 
     def found() -> list[torch.Tensor]:
         model.zero_grad()
-        states = policy.response_states(model, ids, mask, response_mask)
+        states = policy.hidden_states(model, ids, mask, places)
         states.pow(3).sum().backward()
         body = list(model.base_model.parameters())
         return [states, *(parameter.grad for parameter in body if parameter.grad is not None)]
 
     short = found()
-    monkeypatch.setattr(gpt2, "fits", lambda body: False)
+    monkeypatch.setattr(fast_path, "is_supported", lambda body: False)
     plain = found()
     assert short[0].shape == (9, 32) and len(short) == len(plain) == 1 + 2 + 2 * 12 + 2
     for ours, theirs in zip(short, plain, strict=True):
@@ -48,8 +47,7 @@ def test_every_layer_but_the_last_sees_real_tokens_only_and_the_last_those_that_
     for block in model.h:
         block.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     mask = mask_of("0111", "1100")
-    positions, wanted = policy.position_ids(mask), mask_of("0010", "0100").bool()
-    gpt2.hidden_states(model, torch.randint(50, (2, 4)), mask, positions, wanted)
+    fast_path.hidden_states(model, torch.randint(50, (2, 4)), mask, policy.position_ids(mask), torch.tensor([2, 5]))
     assert seen == [5, 5, 2]
 
 
@@ -57,12 +55,12 @@ def test_every_layer_but_the_last_sees_real_tokens_only_and_the_last_those_that_
     "changes", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}, {"add_cross_attention": True}]
 )
 def test_an_unusual_gpt2_goes_the_plain_way(changes):
-    assert not gpt2.fits(model_of(GPT2Model, **changes))
+    assert not fast_path.is_supported(model_of(GPT2Model, **changes))
 
 
 def test_dropout_at_work_goes_the_plain_way():
     body = model_of(GPT2Model)
-    assert gpt2.fits(body) and not gpt2.fits(body.train())
+    assert fast_path.is_supported(body) and not fast_path.is_supported(body.train())
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -100,22 +98,7 @@ def test_a_sample_is_that_of_transformers(monkeypatch):
         return sampler.sample(model, queries, mask, length=12, temperature=0.7, stop_id=0, generator=generator)
 
     responses, states = found()
-    monkeypatch.setattr(gpt2, "fits", lambda body: False)
+    monkeypatch.setattr(fast_path, "is_supported", lambda body: False)
     plain_responses, plain_states = found()
     assert torch.equal(responses, plain_responses)
     torch.testing.assert_close(states, plain_states, rtol=1e-5, atol=1e-5)
-
-
-def test_in_low_precision_the_rollout_and_the_update_say_the_same():
-    policy_model = policy.PolicyWithValue(model_of())
-    queries, mask = torch.randint(1, 50, (4, 3)), mask_of("111", "011", "001", "111")
-    generator = torch.Generator().manual_seed(0)
-    sampling = {"length": 6, "temperature": 0.7, "stop_id": 0, "generator": generator}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rollout = ppo.collect(policy_model, model_of(), queries, mask, forward_batch=4, **sampling)
-        nothing = torch.zeros_like(rollout.values)
-        losses = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.2, "temperature": 0.7}
-        loss, _, deviation = ppo.slice_losses(policy_model, rollout, torch.arange(4), nothing, nothing, **losses)
-    loss.backward()
-    assert deviation < 1e-5  # the largest |ratio - 1|
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in policy_model.model.parameters())

@@ -1,0 +1,176 @@
+"""GPT-2's and Llama's body as transformers computes them, but on real tokens only, and without what nobody asks for.
+
+Everything works through transformers for any causal language model; this is the fast path for the two most used kinds.
+
+Shapes: B sequences, T tokens with padding, M real tokens of all sequences, one after the other, N those of them whose
+states are asked for, H hidden size, D width of a head. Masks are 1 on real tokens and 0 on padding.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import GPT2Model, LlamaModel
+
+from precision import products_of
+
+
+class Heads(NamedTuple):
+    """What a layer's tokens ask and answer: [M, query heads, D], and [M, key heads, D] twice."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class GPT2:
+    """The pieces of a GPT-2 body between which tokens attend to each other."""
+
+    def __init__(self, body: GPT2Model):
+        self.body, self.layers, self.norm = body, body.h, body.ln_f
+
+    def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, None]:
+        """ids, positions [M] -> states [M, H], and what else `heads` wants to know of positions."""
+        return self.body.wte(ids) + self.body.wpe(positions), None
+
+    def heads(self, layer: nn.Module, hidden: Tensor, _: None) -> Heads:
+        attention = layer.attn
+        fused = attention.c_attn(layer.ln_1(hidden)).view(len(hidden), 3, attention.num_heads, attention.head_dim)
+        return Heads(*fused.unbind(1))
+
+    def finish(self, layer: nn.Module, hidden: Tensor, seen: Tensor) -> Tensor:
+        """States [N, H] before a layer, what they attend to [N, heads * D] -> states after the layer."""
+        hidden = hidden + layer.attn.c_proj(seen)
+        return hidden + layer.mlp(layer.ln_2(hidden))
+
+
+class Llama:
+    """The same of a Llama body."""
+
+    def __init__(self, body: LlamaModel):
+        self.body, self.layers, self.norm = body, body.layers, body.norm
+
+    def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        hidden = self.body.embed_tokens(ids)
+        cos, sin = self.body.rotary_emb(hidden, positions.unsqueeze(0))
+        return hidden, (cos.transpose(0, 1), sin.transpose(0, 1))  # [M, 1, D]: the same for all heads
+
+    def heads(self, layer: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Heads:
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden).to(attention.q_proj.weight.dtype)
+        queries, keys, values = (
+            project(normed).view(len(hidden), -1, attention.head_dim)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        return Heads(rotated(queries, *rotation), rotated(keys, *rotation), values)
+
+    def finish(self, layer: nn.Module, hidden: Tensor, seen: Tensor) -> Tensor:
+        hidden = hidden + layer.self_attn.o_proj(seen)
+        normed = layer.post_attention_layernorm(hidden).to(layer.mlp.up_proj.weight.dtype)
+        return hidden + layer.mlp(normed)
+
+
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """heads [M, heads, D], cos, sin [M, 1, D] -> every pair of coordinates turned by its angle."""
+    first, second = heads.chunk(2, -1)
+    return heads * cos + torch.cat([-second, first], -1) * sin
+
+
+def is_supported(body) -> bool:
+    """Whether this is a plain GPT-2 or Llama without dropout at work."""
+    if body.training:
+        return False
+    if isinstance(body, LlamaModel):
+        return body.config.hidden_act == "silu"
+    config = body.config
+    return (
+        isinstance(body, GPT2Model)
+        and config.scale_attn_weights
+        and not (config.scale_attn_by_inverse_layer_idx or config.reorder_and_upcast_attn or config.add_cross_attention)
+    )
+
+
+def _pieces(body: GPT2Model | LlamaModel) -> GPT2 | Llama:
+    return Llama(body) if isinstance(body, LlamaModel) else GPT2(body)
+
+
+class Take(torch.autograd.Function):
+    """x[places], of places that differ: then the gradient needs no addition, and costs a copy."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = len(x)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _put(gradient, *ctx.saved_tensors, ctx.size), None
+
+
+class Put(torch.autograd.Function):
+    """The rows of x at their places among `size` rows, the others 0."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return _put(x, places, size)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
+
+
+def _put(x: Tensor, places: Tensor, size: int) -> Tensor:
+    return x.new_zeros(size, *x.shape[1:]).index_copy_(0, places, x)
+
+
+def hidden_states(body, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor) -> Tensor:
+    """ids, mask, positions [B, T], places [N] of real tokens among all B * T -> their last hidden states [N, H]."""
+    pieces, (batch, width), real = _pieces(body), ids.shape, mask.flatten().nonzero().squeeze(1)
+    rows, columns = torch.arange(batch, device=ids.device).unsqueeze(1), mask.cumsum(1) - 1
+    place = (rows * width + columns).flatten().index_select(0, real)  # from column 0: a causal mask hides all padding
+    asked = (mask.flatten().cumsum(0) - 1).index_select(0, places)  # among the M real tokens
+    with products_of(body):
+        hidden, rotation = pieces.embed(*(x.flatten().index_select(0, real) for x in (ids, positions)))
+        for layer in pieces.layers:
+            seen = attention(pieces.heads(layer, hidden, rotation), place, (batch, width))
+            if layer is pieces.layers[-1]:
+                hidden, seen = Take.apply(hidden, asked), Take.apply(seen, asked)
+            hidden = pieces.finish(layer, hidden, seen)
+        return pieces.norm(hidden).float()
+
+
+def attention(heads: Heads, place: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Heads of M tokens, their places [M] among those of rows and columns of `shape` -> what they attend to [M, H].
+
+    On a CPU in float32: its bfloat16 kernel takes five times as long for the gradient.
+    """
+    size = shape[0] * shape[1]
+    dtype = torch.float32 if place.device.type == "cpu" else heads.values.dtype
+    whole = (Put.apply(x.to(dtype), place, size) if len(place) < size else x.to(dtype) for x in heads)
+    queries, keys, values = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in whole)
+    with torch.autocast(place.device.type, enabled=False):
+        seen = scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, enable_gqa=queries.shape[1] != keys.shape[1]
+        )
+    seen = seen.transpose(1, 2).reshape(size, -1)
+    return Take.apply(seen, place) if len(place) < size else seen
+
+
+def next_states(body, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache) -> Tensor:
+    """The last hidden states [B, H] of tokens [B] at positions [B], which join those in `cache`.
+
+    mask [B, T], or None where every token of the cache is real.
+    """
+    pieces, allowed = _pieces(body), None if mask is None else mask[:, None, None].bool()
+    with products_of(body):
+        hidden, rotation = pieces.embed(tokens, positions)
+        for layer, cached in zip(pieces.layers, cache.layers, strict=True):
+            heads = pieces.heads(layer, hidden, rotation)
+            keys, values = cached.update(heads.keys.unsqueeze(2), heads.values.unsqueeze(2))
+            queries = heads.queries.view(len(tokens), keys.shape[1], -1, keys.shape[3])  # those that share their keys
+            seen = scaled_dot_product_attention(queries.to(keys.dtype), keys, values, attn_mask=allowed)
+            hidden = pieces.finish(layer, hidden, seen.flatten(1))
+        return pieces.norm(hidden).float()

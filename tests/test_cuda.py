@@ -1,0 +1,384 @@
+"""All scripts on a pretend CUDA device: devices are not mixed, stopped runs end bit-identical, the host seldom waits.
+
+What only a GPU can show, its speed, its rounding and its memory, is not tested here.
+"""
+
+import collections
+import contextlib
+import copy
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pandas as pd
+import pretend
+import pytest
+import torch
+from conftest import TINY_EVALUATION, TINY_RUN, run
+from kill_test import same, small_project
+from torch import nn
+
+import data
+import model_io
+import optimization
+import ppo
+import precision
+import scoring
+import supervised
+
+# The most that the host may wait for the device in a rollout, the scoring and the update of QUERIES queries, each of
+# which stops a GPU for some ten microseconds. Only the first may grow with the tokens of a response.
+QUERIES, LENGTH, FORWARD_BATCH, MINIBATCHES = 16, 12, 8, 2
+WAITS_PER_TOKEN, WAITS_PER_FORWARD, WAITS_PER_TEXT = 5, 20, 3
+SHORT_RUN = [*TINY_RUN, "--response-length", 12]
+TIMINGS = ["seconds_rollout", "seconds_score", "seconds_update", "episodes_per_second"]
+
+
+def run_on_device(script, *flags, home, code=0) -> pretend.Log:
+    with pretend.cuda() as log:
+        run(script, *flags, "--device", "cuda", cwd=home, code=code, cuda=True)
+    return log
+
+
+def weights(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def run_log(home, name) -> pd.DataFrame:
+    return pd.read_csv(home / "data_results" / name / "log.csv").drop(columns=TIMINGS)
+
+
+# the scripts
+
+
+@pytest.fixture(scope="module")
+def on_device(tmp_path_factory):
+    """The four scripts, one after the other, on the device: their folder, and the log of each."""
+    home = tmp_path_factory.mktemp("device")
+    small_project(home)
+    logs = [
+        run_on_device("train_cls", "--epochs", 1, "--lm-epochs", 1, home=home),
+        run_on_device("train_nlg", "--epochs", 1, "--samples", 16, home=home),
+        run_on_device("finetuning_nlg", *TINY_RUN, home=home),
+        run_on_device("evaluate_nlg", *TINY_EVALUATION, home=home),
+    ]
+    return home, logs
+
+
+def test_the_scripts_run_on_the_device_and_name_it(on_device):
+    home, logs = on_device
+    folder = home / "data_results" / "K1_lr_1e-3_seed0"
+    for path in ("config.json", "evaluation.json"):
+        assert json.loads((folder / path).read_text())["machine"] == "a pretend CUDA device"
+    assert all(log.initialized and log.peak > 2**20 for log in logs)
+    assert all(log.live == 0 for log in logs)  # nothing stays behind
+
+
+def test_the_first_ratio_is_1_in_low_precision_too(on_device):
+    assert (run_log(on_device[0], "K1_lr_1e-3_seed0").ratio_deviation_first < 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--leave-one-out", "--answers", 2],
+        ["--kl", "sampled", "--target-kl", 1, "--whiten-rewards", "--separate-value", "--optimizer", "adam"],
+        ["--reward", "models/cls", "--reward=-0.5*own.py:short", "--ppo-epochs", 2],
+    ],
+    ids=["leave one out", "the paper's", "two rewards"],
+)
+def test_other_ways_to_learn(on_device, flags):
+    home, _ = on_device
+    (home / "own.py").write_text("def short(queries, responses):\n    return [-len(r) for r in responses]\n")
+    run_on_device("finetuning_nlg", *SHORT_RUN, *flags, "--run", "other", "--out", "models/other", home=home)
+    log = run_log(home, "other")
+    assert np.isfinite(log[["score", "kl", "policy_loss", "grad_norm", "ethics"]]).all(axis=None)
+    assert (log.skipped == 0).all()
+    shutil.rmtree(home / "data_results" / "other")
+
+
+@pytest.mark.parametrize("feedback", ["good-bad", "best-of-3"])
+def test_people_are_the_reward(on_device, feedback):
+    home, _ = on_device
+    flags = ["--reward", "human", "--annotator", "gold", "--reward-epochs", 1, "--feedback", feedback, "--labels", 20]
+    flags += ["--label-rounds", 2, "--feedback-file", f"{feedback}.jsonl", "--run", feedback, "--out", "models/people"]
+    run_on_device("finetuning_nlg", *SHORT_RUN, *flags, home=home)
+    assert run_log(home, feedback).labels.tolist() == [10, 20]
+    few = ["--queries", 2, "--samples", 4, "--reference-samples", 64]
+    run_on_device("evaluate_nlg", "--run", f"data_results/{feedback}", *few, home=home)
+
+
+@pytest.mark.parametrize("name", ["scratch:llama:1x32", "scratch:gpt_neox:1x32"])
+def test_other_architectures(on_device, name):
+    home, _ = on_device
+    nlg, cls, policy = (f"models/{name.split(':')[1]}_{part}" for part in ("nlg", "cls", "ppo"))
+    run_on_device("train_nlg", "--model", name, "--epochs", 1, "--samples", 8, "--out", nlg, home=home)
+    run_on_device("train_cls", "--model", nlg, "--optimizer", "muon", "--epochs", 1, "--out", cls, home=home)
+    flags = ["--policy", nlg, "--reward", cls, "--out", policy, "--run", nlg.replace("/", "_")]
+    run_on_device("finetuning_nlg", *SHORT_RUN, *flags, home=home)
+    assert (run_log(home, flags[-1]).ratio_deviation_first < 1e-4).all()
+
+
+def test_a_run_on_the_cpu_leaves_the_device_alone(on_device):
+    home, _ = on_device
+    with pretend.cuda() as log:
+        flags = ["--run", "cpu", "--out", "models/cpu", "--device", "cpu", "--save-every", 1]
+        run("finetuning_nlg", *SHORT_RUN, *flags, cwd=home, cuda=True)
+    assert not log.initialized
+
+
+# stopping and going on
+
+
+def with_dropout(home) -> str:
+    """The generator with dropout, whose numbers come from the device's own generator."""
+    folder = home / "models" / "dropout"
+    shutil.copytree(home / "models" / "nlg", folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.1, "attn_pdrop": 0.1}))
+    return "models/dropout"
+
+
+@pytest.mark.parametrize("script", ["finetuning_nlg", "train_nlg", "train_cls"])
+def test_a_stopped_run_ends_as_one_that_was_left_alone(on_device, monkeypatch, script):
+    home, _ = on_device
+    flags = {
+        "finetuning_nlg": [*SHORT_RUN, "--episodes", 64, "--ppo-epochs", 2],
+        "train_nlg": ["--model", with_dropout(home), "--epochs", 2, "--samples", 4],
+        "train_cls": ["--epochs", 2, "--lm-epochs", 1],
+    }[script]
+    module, name = (ppo, "update") if script == "finetuning_nlg" else (supervised, "learn")
+    step, calls = getattr(module, name), []
+
+    def step_with_a_signal(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    def outcome(folder, *more, code=0):
+        names = ["--run", folder] if script == "finetuning_nlg" else ["--results", folder]
+        run_on_device(script, *flags, *names, "--out", f"models/{folder}", *more, home=home, code=code)
+
+    outcome("alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, step_with_a_signal)
+        outcome("stopped", code=128 + signal.SIGTERM)
+    assert not (home / "models" / "stopped").exists()
+    outcome("stopped", "--resume")
+    assert weights(home / "models" / "stopped") == weights(home / "models" / "alone")
+    if script == "finetuning_nlg":
+        pd.testing.assert_frame_equal(run_log(home, "stopped"), run_log(home, "alone"))
+    for folder in ("stopped", "alone"):
+        shutil.rmtree(home / "models" / folder)
+
+
+# waiting
+
+
+def waits(log: pretend.Log, stage) -> tuple[collections.Counter, object]:
+    """How often each line of the project makes the host wait in stage(), "file.py:line" -> count, and its result."""
+    before = log.waits.copy()
+    result, lines = stage(), collections.Counter()
+    for (_, line), count in (log.waits - before).items():
+        lines[line] += count
+    return lines, result
+
+
+def test_the_host_seldom_waits_for_the_device(chain):
+    home, device = chain[0], torch.device("cuda")
+    with pretend.cuda() as log:
+        reference, tokenizer = model_io.load_policy(str(home / "models" / "nlg"), "--policy")
+        model = copy.deepcopy(reference.to(device))
+        precision.freeze(reference, torch.bfloat16)
+        policy = ppo.PolicyWithValue(model, precision=torch.bfloat16).eval()
+        optimizers = optimization.make_optimizers(policy, 1e-3, muon=True)
+        score = scoring.of_model(*scoring.load_model(str(home / "models" / "cls")), device, "auto")
+        queries = ["On Monday my sister", "A man"] * (QUERIES // 2)
+        query_ids, query_mask = data.encode_queries(tokenizer, queries, device)
+        generator = torch.Generator().manual_seed(0)
+
+        def roll_out():
+            return ppo.collect(
+                policy,
+                reference,
+                query_ids,
+                query_mask,
+                length=LENGTH,
+                temperature=0.7,
+                stop_id=tokenizer.eos_token_id,
+                minibatches=ppo.shuffled(QUERIES, MINIBATCHES, generator),
+                forward_batch=FORWARD_BATCH,
+                generator=generator,
+            )
+
+        def score_texts():
+            ids = rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
+            return score(queries, model_io.whole_texts(tokenizer, *ids))
+
+        def update():
+            mask = rollout.response_mask
+            rewards = ppo.token_rewards(torch.tensor(scores, device=device).float(), rollout.exact_kl, mask, 0.1)
+            advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, 1.0, 1.0)
+            return ppo.update(
+                policy,
+                reference,
+                optimizers,
+                rollout,
+                ppo.whiten(advantages, mask),
+                returns,
+                epochs=1,
+                clip_range=0.2,
+                value_clip_range=0.2,
+                value_coef=0.1,
+                kl_weight=0.1,
+                temperature=0.7,
+                forward_batch=FORWARD_BATCH,
+                generator=generator,
+            )
+
+        of_rollout, rollout = waits(log, roll_out)
+        of_scores, scores = waits(log, score_texts)
+        of_update, statistics = waits(log, update)
+    for stage, lines in (("rollout", of_rollout), ("score", of_scores), ("update", of_update)):
+        print(f"{stage}: {lines.total()} waits\n" + "".join(f"  {n:4} {line}\n" for line, n in lines.most_common()))
+    assert statistics["skipped"] == 0
+    forwards = QUERIES // FORWARD_BATCH
+    assert of_rollout.total() <= WAITS_PER_TOKEN * LENGTH + WAITS_PER_FORWARD * forwards
+    assert of_scores.total() <= WAITS_PER_TEXT * QUERIES + WAITS_PER_FORWARD
+    assert of_update.total() <= WAITS_PER_FORWARD * max(forwards, MINIBATCHES)
+
+
+# the device itself
+
+ON_CPU, ZEROS = torch.tensor([0, 1]), torch.zeros(2, 2)
+
+
+@pytest.fixture
+def device_log():
+    with pretend.cuda() as log:
+        yield log
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (lambda x: x.index_select(0, ON_CPU), "all tensors to be on the same device"),
+        (lambda x: x.masked_scatter(ZEROS == 0, x), "all tensors to be on the same device"),
+        (lambda x: nn.functional.embedding(x.long(), ZEROS), "all tensors to be on the same device"),
+        (lambda x: torch.cat([x, ZEROS]), "all tensors to be on the same device"),
+        (lambda x: x + ZEROS, "all tensors to be on the same device"),
+        (lambda x: ZEROS.sum().add_(x.sum()), "all tensors to be on the same device"),
+        (lambda x: ZEROS[x.long()], "indices should be either on cpu or on the same device"),
+        (lambda x: torch.rand(2, device="cuda", generator=torch.Generator()), "Expected a 'cuda' device type"),
+        (lambda x: torch.rand(2, generator=torch.Generator("cuda")), "Expected a 'cpu' device type"),
+        (lambda x: x.uniform_(generator=torch.Generator()), "Expected a 'cuda' device type"),
+        (lambda x: torch.cuda.set_rng_state(torch.get_rng_state()), "RNG state is wrong size"),
+        (lambda x: x.numpy(), "can't convert cuda:0 device type tensor to numpy"),
+        (lambda x: np.asarray(x), "can't convert cuda:0 device type tensor to numpy"),
+    ],
+)
+def test_what_cuda_refuses(device_log, mistake, says):
+    with pytest.raises((RuntimeError, TypeError), match=says):
+        mistake(torch.ones(2, 2, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("allowed", "waits_for"),
+    [
+        (lambda x: x + torch.tensor(1.0), []),
+        (lambda x: x.where(x > torch.tensor(0.0), torch.tensor(0.0)), []),
+        (lambda x: x.masked_fill(x > 0, torch.tensor(0.0)), []),
+        (lambda x: x @ x + x.new_tensor(2.0, device="cpu"), []),
+        (lambda x: x[0, 1:], []),
+        (lambda x: x[[1, 0]], ["copy to the device"]),
+        (lambda x: x[ON_CPU], ["copy to the device"]),
+        (lambda x: x + torch.tensor([1.0, 2.0], device="cuda"), ["copy to the device"]),
+        (lambda x: x + ZEROS.to("cuda", non_blocking=True), []),
+        (lambda x: x[x > 0], ["boolean index"]),
+        (lambda x: x.nonzero(), ["nonzero"]),
+        (lambda x: x.masked_select(x > 0), ["masked_select"]),
+        (lambda x: x * bool(x.any()), ["item"]),
+        (lambda x: x * x[0].tolist()[1], ["copy to the host"]),
+        (lambda x: x * x.cpu().sum(), ["copy to the host"]),
+        (lambda x: torch.mm(x.bfloat16(), x.bfloat16(), out_dtype=torch.float32), []),
+        (lambda x: nn.functional.one_hot(x.long(), 2), []),
+    ],
+)
+def test_what_cuda_does_and_what_the_host_waits_for(device_log, allowed, waits_for):
+    x = torch.ones(2, 2, device="cuda")
+    assert allowed(x).device == torch.device("cuda", 0)
+    assert [what for what, line in device_log.waits.elements() if line.startswith("test_cuda.py:")] == waits_for
+
+
+def test_autocast_has_the_precision_of_cuda(device_log):
+    x, layer = torch.ones(2, 4, device="cuda"), nn.Linear(4, 4).to("cuda")
+    heads = x.view(1, 1, 2, 4).expand(2, 2, 2, 4)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
+        low = layer(x)
+        attended = [
+            nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True, dropout_p=p)
+            for p in (0.0, 0.1)
+        ]
+        assert {y.dtype for y in (low, x @ x.T, *attended)} == {torch.bfloat16}
+        wide = [low.softmax(-1), low.sum(), low.cumsum(0), low.exp(), nn.functional.layer_norm(low, (4,))]
+        assert {y.dtype for y in wide} == {torch.float32}
+        assert low.relu().dtype == torch.bfloat16
+        wide[-1].sum().backward()
+    assert (layer.weight.grad.dtype, layer.weight.grad.device.type) == (torch.float32, "cuda")
+    assert layer(x).dtype == torch.float32
+
+
+def test_models_move_are_copied_and_come_back_from_files(device_log, tiny_model, tmp_path):
+    tiny_model.to("cuda")
+    clone, half = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model).to(torch.bfloat16)
+    for model in (tiny_model, clone, half):
+        assert model.lm_head.weight is model.transformer.wte.weight  # tied, as they were
+        assert isinstance(model.lm_head.weight, nn.Parameter) and model.lm_head.weight.is_cuda
+    ids, updated = torch.tensor([[1, 2, 3]], device="cuda"), []
+    for parameter in clone.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: updated.append(parameter.grad.device.type))
+    adam = torch.optim.Adam(clone.parameters(), fused=True)
+    torch.func.functional_call(clone, dict(clone.named_parameters()), (ids,)).logits.sum().backward()
+    adam.step()
+    assert updated == ["cuda"] * len(list(clone.parameters()))
+    torch.save([clone.state_dict(), adam.state_dict()], tmp_path / "saved")
+    of_model, of_adam = torch.load(tmp_path / "saved", map_location="cpu", weights_only=True)
+    tiny_model.load_state_dict(of_model)
+    adam.load_state_dict(of_adam)
+    assert torch.equal(tiny_model(ids).logits, clone(ids).logits)
+    assert {x.device.type for state in adam.state.values() for x in state.values()} == {"cuda"}
+    assert same(of_model, tiny_model.cpu().state_dict())
+
+
+def test_the_device_draws_from_its_own_generator(device_log):
+    torch.manual_seed(0)
+    assert not torch.cuda.is_initialized()
+    of_cpu, of_device = torch.get_rng_state(), torch.cuda.get_rng_state()
+    drawn = torch.rand(3, device="cuda")
+    assert torch.cuda.is_initialized() and torch.equal(torch.get_rng_state(), of_cpu)
+    torch.cuda.set_rng_state(of_device)
+    assert torch.equal(torch.rand(3, device="cuda"), drawn)
+
+
+def test_bytes_are_counted_once_and_until_they_are_free(device_log):
+    x = torch.zeros(1000, device="cuda")
+    views = x[:10], x.view(10, 100)
+    assert (device_log.live, torch.cuda.max_memory_allocated()) == (4000, 4000)
+    (x + 1).sum()
+    assert (device_log.live, device_log.peak) == (4000, 8004)
+    del x, views
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.cuda.max_memory_allocated() == 0
+
+
+def test_the_device_goes_with_its_block():
+    with contextlib.suppress(ValueError), pretend.cuda():
+        assert torch.cuda.is_available()
+        raise ValueError
+    assert not torch.cuda.is_available() and not torch.cuda.is_initialized()
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(1, device="cuda")

@@ -1,0 +1,283 @@
+"""bfloat16: what it may change, and what it may not, on the CPU and, where there is one, on a GPU."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import TINY_RUN, run
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+)
+
+import optimization
+import policy
+import ppo
+import precision
+import scoring
+
+LOW = torch.bfloat16
+SMALL = {"vocab_size": 60, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+CONFIGS = [
+    GPT2Config(**SMALL, n_positions=64, initializer_range=0.1, bos_token_id=0, eos_token_id=0),
+    LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=128, initializer_range=0.1, tie_word_embeddings=True),
+    GPTNeoXConfig(**SMALL, intermediate_size=128, initializer_range=0.1),
+]
+EACH_KIND = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+
+
+def model_of(config, device="cpu"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval().to(device)
+
+
+def roll_out(config, in_precision, device="cpu", minibatches=3):
+    """A policy, its reference and a rollout with advantages and returns."""
+    reference = model_of(config, device)
+    of_policy = ppo.PolicyWithValue(copy.deepcopy(reference), precision=in_precision).eval()
+    precision.freeze(reference, in_precision)
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randint(2, 60, (24, 3), generator=generator).to(device)
+    rollout = ppo.collect(
+        of_policy,
+        reference,
+        queries,
+        torch.tensor([[1, 1, 1], [0, 1, 1]], device=device).repeat(12, 1),
+        length=10,
+        temperature=0.7,
+        stop_id=0,
+        minibatches=ppo.shuffled(24, minibatches, generator),
+        forward_batch=5,
+        generator=generator,
+    )
+    advantages = torch.randn(24, 10, generator=generator)[:, : rollout.values.shape[1]].to(device)
+    return of_policy, reference, rollout, advantages * rollout.response_mask
+
+
+def learn(of_policy, reference, rollout, advantages, optimizers, epochs=1, **changes):
+    settings = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.1, "temperature": 0.7}
+    return ppo.update(
+        of_policy,
+        reference,
+        optimizers,
+        rollout,
+        advantages,
+        advantages,
+        epochs=epochs,
+        forward_batch=5,
+        generator=torch.Generator().manual_seed(1),
+        **(settings | changes),
+    )
+
+
+# the update
+
+
+@DEVICES
+@EACH_KIND
+def test_at_the_first_minibatch_the_ratio_is_1(config, device):
+    of_policy, reference, rollout, advantages = roll_out(config, LOW, device)
+    assert len(set(rollout.lengths.tolist())) > 2  # the slices are not alike
+    optimizers = optimization.make_optimizers(of_policy, 1e-3, muon=False)
+    assert learn(of_policy, reference, rollout, advantages, optimizers)["ratio_deviation_first"] == 0
+
+
+@DEVICES
+@EACH_KIND
+def test_two_epochs_are_two_updates_of_one(config, device):
+    found = []
+    for calls in ((2,), (1, 1)):
+        of_policy, reference, rollout, advantages = roll_out(config, LOW, device, minibatches=1)
+        optimizers = optimization.make_optimizers(of_policy, 1e-2, muon=False)
+        for epochs in calls:
+            learn(of_policy, reference, rollout, advantages, optimizers, epochs)
+        found.append(torch.cat([weight.detach().flatten() for weight in of_policy.model.parameters()]))
+    start = torch.cat([weight.detach().flatten() for weight in model_of(config, device).parameters()])
+    assert (found[0] - start).norm() > 0.1  # there is something to compare
+    assert (found[0] - found[1]).norm() < 0.02 * (found[0] - start).norm()  # rows in another order round differently
+
+
+@DEVICES
+@EACH_KIND
+def test_the_policy_is_seen_to_move_as_far_as_in_float32(config, device):
+    """Forward passes that read weights of before an optimizer step fail here."""
+    approx_kl = {}
+    for in_precision in (torch.float32, LOW):
+        _, reference, rollout, advantages = roll_out(config, torch.float32, device)
+        of_policy = ppo.PolicyWithValue(model_of(config, device), precision=in_precision).eval()
+        optimizers = optimization.make_optimizers(of_policy, 1e-3, muon=False)
+        approx_kl[in_precision] = learn(of_policy, reference, rollout, advantages, optimizers, epochs=4)["approx_kl"]
+    assert approx_kl[torch.float32] > 0.1
+    assert approx_kl[LOW] == pytest.approx(approx_kl[torch.float32], rel=0.15)
+
+
+def test_the_responses_and_their_numbers_do_not_depend_on_the_slices():
+    """Only their rounding does."""
+    _, _, one, _ = roll_out(CONFIGS[0], LOW, minibatches=1)
+    _, _, other, _ = roll_out(CONFIGS[0], LOW, minibatches=6)
+    assert torch.equal(one.query_ids, other.query_ids)
+    if torch.equal(one.response_ids, other.response_ids):
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=0.05, rtol=0)
+
+
+# logits and scores
+
+
+@DEVICES
+@EACH_KIND
+def test_logits_far_from_0_keep_their_differences(config, device):
+    """At -100 bfloat16 has a spacing of a half; sums in float32 leave the rounding of the factors."""
+    model = model_of(config, device)
+    head = model.get_output_embeddings()
+    states = torch.randn(200, 64, device=device)
+    away = torch.ones(64, device=device)
+    with torch.no_grad():
+        head.weight.add_(-100 / 64 * away)
+        states += away - states.mean(1, keepdim=True)  # every state has a component of 1 along `away`
+        exact = (states.double() @ head.weight.double().T / 0.7).log_softmax(-1)
+        assert (states @ head.weight.T).mean().item() == pytest.approx(-100, rel=0.1)
+        frozen = precision.freeze(copy.deepcopy(model), LOW)
+        low = policy.token_logits(frozen, states, 0.7)
+        assert low.dtype == torch.float32
+        ids = torch.randint(60, (200,), device=device)
+        said = policy.compare(frozen, states, frozen, states, ids, 0.7)
+    error = low.log_softmax(-1) - exact
+    assert error.std() < 0.05  # rounded to bfloat16 themselves, the logits are off by 0.3
+    torch.testing.assert_close(said.logprobs.double(), exact.gather(1, ids[:, None])[:, 0], atol=0.2, rtol=0)
+
+
+@DEVICES
+@EACH_KIND
+def test_gradients_are_those_of_float32_but_for_rounding(config, device):
+    gradients = []
+    for in_precision in (torch.float32, LOW):
+        model = model_of(config, device)
+        of_policy = ppo.PolicyWithValue(model, precision=in_precision).eval()
+        ids = torch.arange(2, 20, device=device).view(2, 9)
+        states, _ = of_policy(ids, torch.ones_like(ids), torch.arange(3, 8, device=device))
+        said = policy.compare(of_policy.in_precision(), states, model_of(config, device), states, ids[0, 4:], 0.7)
+        (said.logprobs.sum() + said.kl.sum()).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, exact in gradients[0].items():
+        low = gradients[1][name]
+        assert low.dtype == torch.float32
+        assert (low - exact).norm() < 0.05 * exact.norm() + 1e-4, name
+
+
+@DEVICES
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_classifier_tells_texts_apart(device, kind):
+    config = {
+        "gpt2": GPT2Config(**SMALL, n_positions=64, pad_token_id=0),
+        "bert": BertConfig(**SMALL, intermediate_size=128, pad_token_id=0),
+    }[kind]
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval().to(device)
+    ids = torch.randint(1, 60, (128, 6), device=device)
+    encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        exact = scoring.outputs(model, encoded)
+        low = scoring.outputs(precision.freeze(model, LOW), encoded)
+    assert low.dtype == torch.float32 and len((low[:, 1] - low[:, 0]).unique()) > 120
+    torch.testing.assert_close(low, exact, atol=0.05, rtol=0)
+
+
+# weights
+
+
+@EACH_KIND
+def test_a_policys_copy_holds_its_matrices_and_shares_the_rest(config):
+    model = model_of(config)
+    low = precision.LowPrecisionCopy(model).renewed()
+    own = {id(weight) for weight in model.parameters()}
+    for name, weight in low.base_model.named_parameters():
+        is_matrix = weight.dtype == LOW
+        assert is_matrix != (id(weight) in own), name
+        if "embed" in name or "norm" in name or "wte" in name or "ln_" in name:
+            assert not is_matrix, name
+    assert sum(weight.dtype == LOW for weight in low.parameters()) >= 2 * 4  # two layers of at least four matrices
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+def test_the_copy_is_renewed_when_a_weight_has_changed_and_only_then():
+    model = model_of(CONFIGS[0])
+    of_policy = ppo.PolicyWithValue(model, precision=LOW)
+    weight, low = (x.transformer.h[0].mlp.c_fc.weight for x in (model, of_policy.in_precision()))
+    version = low._version
+    of_policy.in_precision()
+    assert low._version == version  # not copied again
+    for optimizer in optimization.make_optimizers(of_policy, 0.1, muon=True):
+        for parameter in of_policy.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        of_policy.in_precision()
+        assert torch.equal(low, weight.bfloat16())
+    assert not torch.equal(weight, model_of(CONFIGS[0]).transformer.h[0].mlp.c_fc.weight)
+    of_policy.load_state_dict(ppo.PolicyWithValue(model_of(CONFIGS[0])).state_dict())
+    of_policy.in_precision()
+    assert torch.equal(low, weight.bfloat16())
+
+
+def test_gradients_of_slices_add_up_in_float32():
+    """256 and 1 are 256 in bfloat16."""
+    model = model_of(CONFIGS[0])
+    low, weight = precision.LowPrecisionCopy(model), model.transformer.h[0].mlp.c_fc.weight
+    of_low = low.renewed().transformer.h[0].mlp.c_fc.weight
+    for scale in (256.0, 1.0):
+        (of_low * scale).sum().backward()
+    assert of_low.grad is None
+    assert torch.equal(weight.grad, torch.full_like(weight, 257.0))
+
+
+def test_a_frozen_model_holds_its_matrices_in_bfloat16():
+    model = model_of(CONFIGS[1])
+    before = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    embedding = model.model.embed_tokens.weight.numel() * 4
+    precision.freeze(model, LOW)
+    norms = sum(weight.numel() * 4 for name, weight in model.named_parameters() if "norm" in name)
+    after = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    assert after == embedding + norms + (before - embedding - norms) / 2
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_in_float32_nothing_is_copied_or_changed():
+    model = model_of(CONFIGS[0])
+    body = type(model.base_model)
+    assert ppo.PolicyWithValue(model).in_precision() is model
+    assert type(precision.freeze(model, torch.float32).base_model) is body
+
+
+# the choice
+
+
+@pytest.mark.parametrize(
+    ("name", "fast", "size", "chosen"),
+    [
+        ("auto", True, 2 * precision.LARGE_ENOUGH, LOW),
+        ("auto", True, 1000, torch.float32),
+        ("auto", False, 2 * precision.LARGE_ENOUGH, torch.float32),
+        ("bfloat16", False, 1000, LOW),
+        ("float32", True, 2 * precision.LARGE_ENOUGH, torch.float32),
+    ],
+)
+def test_which_precision_a_cpu_gets(monkeypatch, name, fast, size, chosen):
+    known = {"avx512_bf16": False, "amx_bf16": fast}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    with torch.device("meta"):
+        model = nn.Linear(size, 1)
+    assert precision.choose(name, torch.device("cpu"), model) == chosen
+
+
+def test_a_run_says_and_notes_its_precision(chain):
+    home = chain[0]
+    flags = ["--precision", "bfloat16", "--run", "low", "--out", "models/low"]
+    assert "device cpu, matrix products in bfloat16" in run("finetuning_nlg", *TINY_RUN, *flags, cwd=home).stdout
+    config = json.loads((home / "data_results" / "low" / "config.json").read_text())
+    assert (config["device"], config["precision"]) == ("cpu", "bfloat16")
