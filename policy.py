@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 
 import fast_path
 from precision import LowPrecisionCopy, is_low, product
@@ -102,40 +101,46 @@ class Said(NamedTuple):
 
 
 class _Compare(torch.autograd.Function):
-    """Said of log_softmax(logits) and log_softmax(ref_logits), with gradients of logprobs and kl.
+    """Said of softmax(logits) and softmax(ref_logits), with gradients of logprobs and kl.
 
     The [N, V] tensors are what an update of a small model spends its time on, and what a large one has no memory for.
-    So they come in chunks that are read while they are in the cache, and what is kept of them for the gradient is in
-    the model's precision. With p = softmax(logits): d logp_i / d logits = onehot_i - p, and
-    d KL / d logits = p * (logp - ref_logp - KL).
+    So they come in chunks that are read while they are in the cache, nothing is normalised that can be divided by its
+    sum later, and what is kept for the gradient is in the model's precision. With p = softmax(logits) and d = logits -
+    ref_logits: KL = E_p[d] + constants, d logp_i / d logits = onehot_i - p, d KL / d logits = p * (d - E_p[d]).
     """
 
     @staticmethod
     def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ref_states: Tensor, heads):
         head, ref_head = Head(weight, bias, heads[0].low), heads[1]
-        count, said = len(states), [torch.empty_like(states[:, 0]) for _ in Said._fields]
-        keeps, dtype = any(ctx.needs_input_grad), torch.bfloat16 if head.low else states.dtype
-        kept = [torch.empty(count if keeps else 0, len(weight), dtype=dtype, device=states.device) for _ in range(2)]
+        count, said = len(states), [torch.empty_like(states[:, 0]) for _ in (*Said._fields, "mean_difference")]
+        learns, dtype = any(ctx.needs_input_grad), torch.bfloat16 if head.low else states.dtype
+        kept = [torch.empty(count if learns else 0, len(weight), dtype=dtype, device=states.device) for _ in range(2)]
         for rows in chunks(count, len(weight), states.device):
-            logp = log_softmax(head.logits(states[rows]), -1)
-            ref_logp = log_softmax(ref_head.logits(ref_states[rows]), -1)
-            chosen, ref_chosen = of_tokens(logp, ids[rows]), of_tokens(ref_logp, ids[rows])
-            p, difference = logp.exp(), ref_logp.neg_().add_(logp)
-            found = chosen, ref_chosen, dot(p, difference), -dot(p, logp)
-            for whole, part in zip(said, found, strict=True):
+            logits, ref_logits = head.logits(states[rows]), ref_head.logits(ref_states[rows])
+            for x in (logits, ref_logits):
+                x -= x.amax(1, keepdim=True)
+            unnormalised = logits.exp()
+            total, ref_total = unnormalised.sum(1), ref_logits.exp().sum(1)
+            logprobs = of_tokens(logits, ids[rows]) - total.log()
+            ref_logprobs = of_tokens(ref_logits, ids[rows]) - ref_total.log()
+            entropy = total.log() - dot(unnormalised, logits) / total
+            difference = ref_logits.neg_().add_(logits)
+            mean_difference = dot(unnormalised, difference) / total
+            kl = mean_difference - total.log() + ref_total.log()
+            for whole, part in zip(said, (logprobs, ref_logprobs, kl, entropy, mean_difference), strict=True):
                 whole[rows] = part
-            for whole, part in zip(kept, (p, difference) if keeps else (), strict=False):
-                whole[rows] = part
+            if learns:
+                kept[0][rows], kept[1][rows] = unnormalised.div_(total.unsqueeze(1)), difference
         ctx.low = head.low
-        ctx.save_for_backward(states, weight, ids, said[2], *kept)
+        ctx.save_for_backward(states, weight, ids, said.pop(), *kept)
         ctx.mark_non_differentiable(said[1], said[3])
         return tuple(said)
 
     @staticmethod
     def backward(ctx, of_logprob: Tensor, _, of_kl: Tensor, __):
-        states, weight, ids, kl, p, difference = ctx.saved_tensors
+        states, weight, ids, mean_difference, p, difference = ctx.saved_tensors
         of_states, gradient = torch.empty_like(states), p  # written where it was read
-        level = (kl * of_kl + of_logprob).unsqueeze(1)
+        level = (mean_difference * of_kl + of_logprob).unsqueeze(1)
         for rows in chunks(len(states), len(weight), states.device):
             part = (difference[rows] * of_kl[rows].unsqueeze(1)).sub_(level[rows]).mul_(p[rows])
             part.scatter_add_(1, ids[rows].unsqueeze(1), of_logprob[rows].unsqueeze(1))
