@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -32,6 +33,7 @@ import precision
 
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
+huggingface_hub.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -254,7 +256,10 @@ def provenance(device: torch.device, chosen: torch.dtype = torch.float32) -> dic
 
 def offline_without_network() -> None:
     """Where the hub cannot be reached, ask its cache only: each look-up would retry for half a minute."""
+    hub = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if huggingface_hub.constants.HF_HUB_OFFLINE or {hub.scheme, "all"} & getproxies().keys():
+        return  # what a proxy reaches, and which names it knows, cannot be seen from here
     try:
-        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout=3).close()
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
