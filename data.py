@@ -10,6 +10,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RevisionNotFoundError
 from torch import Tensor
 
 from common import UserError, offline_without_network
@@ -73,8 +75,17 @@ def _hub_dataset(name: str, config: str | None, revision: str | None) -> dict[st
     offline_without_network()
     try:
         if revision == PARQUET_BRANCH:  # there, a configuration is a folder
-            return dict(datasets.load_dataset(name, data_dir=config, revision=revision))
+            # not load_dataset(name), which does not find a folder's cache again when the network is gone
+            folder = snapshot_download(
+                name, repo_type="dataset", revision=revision, allow_patterns=f"{config or '*'}/*"
+            )
+            return dict(datasets.load_dataset(folder, data_dir=config))
         return dict(datasets.load_dataset(name, config, revision=revision))
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{name} has no branch {revision} on the hub; download its CSV files as train.csv, valid.csv and test.csv "
+            "into a folder and give that, --data FOLDER"
+        ) from error
     except Exception as error:
         raise UserError(f"{name} is neither a file or folder here nor a dataset the hub gives: {error}") from error
 
