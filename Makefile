@@ -1,7 +1,7 @@
 # make        the whole pipeline on the shipped data      make test   the tests
 # make gpt2   the same with GPT-2 and ETHICS from the hub  make clean  remove what make made, but for .venv
 # make study  every grid of runs, after make, for hours    make peer   TRL's PPOTrainer on the same task, after make
-# make bench  seconds of every stage, after make
+# make bench  seconds of every stage, after make           make gpu-check   what only a GPU can show, some 15 minutes
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = K1_lr_1e-3_seed0
@@ -60,7 +60,13 @@ peer: benchmarks/.venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py
 
+# the tests that want a GPU, a killed run, and the speed and memory of an update of GPT-2 beside TRL's; then a table
+gpu-check: .venv/installed benchmarks/.venv/installed
+	TEST_ON_CUDA=1 $(BIN)/python -m pytest -q -m cuda
+	benchmarks/.venv/bin/python benchmarks/speed.py --device cuda --peer trl --repeats 2 --updates 3 \
+		--out benchmarks/speed_cuda.json
+
 clean:
 	rm -rf models data_results/Analysis.html
 
-.PHONY: all test gpt2 study peer bench clean
+.PHONY: all test gpt2 study peer bench gpu-check clean

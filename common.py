@@ -173,11 +173,8 @@ def set_up(args: argparse.Namespace) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def choose_precision(args: argparse.Namespace, device: torch.device, model: torch.nn.Module) -> torch.dtype:
-    """The precision of the script's model, which is said too."""
-    chosen = precision.choose(args.precision, device, model)
+def say_where(device: torch.device, chosen: torch.dtype) -> None:
     print(f"device {device.type}, matrix products in {precision.name_of(chosen)}")
-    return chosen
 
 
 def keep_memory() -> None:

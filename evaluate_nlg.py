@@ -91,7 +91,8 @@ def main() -> None:
     texts = data.nlg_texts(trained)["valid"]
     reference, tokenizer = model_io.load_policy(trained.policy, "--policy")
     reference.to(device)
-    chosen = common.choose_precision(args, device, reference)
+    chosen = precision.choose(args.precision, device, reference)
+    common.say_where(device, chosen)
     precision.freeze(reference, chosen)
     parts = scoring.load(trained.reward, device, args.precision)
     judge = scoring.gold_judge(args.gold, texts, device, args.precision)

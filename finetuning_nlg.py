@@ -115,7 +115,7 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
     tokens = args.query_length + args.response_length
     model_io.check_length(reference, tokenizer, tokens, "--query-length and --response-length")
     model = copy.deepcopy(reference.to(device))
-    chosen = common.choose_precision(args, device, model)
+    chosen = precision.choose(args.precision, device, model)
     of_people = people.new_model(args.policy, args.feedback) if scoring.asks_people(args.reward) else None
     if of_people and parallel.count() > 1:
         raise UserError("--reward human asks one person, in one process; start it without torchrun")
@@ -159,6 +159,7 @@ def load_parts(args: argparse.Namespace, device: torch.device) -> Parts:
 
 def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
     parts, folder, updates = load_parts(args, device), Path(args.results) / args.run, args.episodes // args.batch_size
+    common.say_where(device, parts.precision)
     batches = data.endless(parts.queries, args.batch_size // args.answers, args.seed)
     chosen = list(itertools.islice(itertools.chain.from_iterable(batches), args.reference_samples))
     asks = [1 + updates * i // args.label_rounds for i in range(args.label_rounds)] if parts.people else []

@@ -78,7 +78,7 @@ def take_slice(
     row, column = (torch.arange(longest) < lengths[rows].unsqueeze(1)).nonzero(as_tuple=True)
     predicting = row * (of_query + longest) + of_query - 1 + column
     places = rows[row] * width + column
-    rows, predicting, places = (x.to(device) for x in (rows, predicting, places))
+    rows, predicting, places = (x.to(device, non_blocking=True) for x in (rows, predicting, places))
     ids = torch.cat([query_ids[rows], response_ids[rows, :longest]], 1)
     mask = torch.cat([query_mask[rows], response_mask[rows, :longest]], 1)
     return Slice(ids, mask, predicting, places)
@@ -322,7 +322,7 @@ def update(
     for epoch in range(epochs):
         count = len(rollout.minibatches)
         for minibatch in shuffled(len(mask), count, generator) if epoch else rollout.minibatches:
-            tokens = parallel.total(rollout.lengths[minibatch].sum().to(mask.device))
+            tokens = parallel.total(rollout.lengths[minibatch].sum().to(mask.device, non_blocking=True))
             found = torch.zeros_like(sums[:-1])
             for rows in slices(minibatch, rollout.lengths, forward_batch):
                 loss, statistics, deviation = slice_losses(

@@ -88,11 +88,17 @@ def main() -> None:
     print(f"figure: {getattr(figures, f'save_{args.grid}')(results)}")
 
 
+def visible_gpus() -> list[str]:
+    """The names of the GPUs that the study may use: all, or those that the user made visible."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(torch.cuda.device_count())] if chosen is None else [x for x in chosen.split(",") if x]
+
+
 def run_all(args: argparse.Namespace, waiting: dict[str, list[list[str]]], results: Path) -> None:
     """Runs what is waiting, so many at a time; a run that fails says why in its folder."""
     executor = submitit.AutoExecutor(Path("models") / args.grid / "jobs", cluster=args.cluster)
-    gpus = torch.cuda.device_count()
-    places = list(range(args.at_once or gpus or os.cpu_count()))
+    gpus = visible_gpus()
+    places = list(range(args.at_once or len(gpus) or os.cpu_count()))
     threads = max(1, os.cpu_count() // len(places))
     executor.update_parameters(timeout_min=24 * 60, cpus_per_task=threads)
     if args.cluster == "slurm":
@@ -104,7 +110,7 @@ def run_all(args: argparse.Namespace, waiting: dict[str, list[list[str]]], resul
             run, place = next(iter(waiting)), places.pop()
             own = {"OMP_NUM_THREADS": str(threads)}
             if gpus and args.cluster == "local":
-                own["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
+                own["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
             running[run] = executor.submit(run_one, waiting.pop(run), own), place
         for run in [run for run, (job, _) in running.items() if job.done()]:
             job, place = running.pop(run)

@@ -202,7 +202,8 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     chosen, (valid, valid_best) = torch.tensor(best, device=device), splits["valid"]
     model, tokenizer = load_model(args, texts, compares=width > 1)
     model.to(device)
-    chosen_precision = common.choose_precision(args, device, model)
+    chosen_precision = precision.choose(args.precision, device, model)
+    common.say_where(device, chosen_precision)
     precision.set_precision(model, chosen_precision)
     longest = min(args.max_length, model_io.longest(model, tokenizer))
     ids = supervised.encode(tokenizer, texts, longest)

@@ -72,7 +72,8 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     tokens = args.query_length + args.response_length
     model_io.check_length(model, tokenizer, tokens, "--query-length and --response-length")
     model.to(device)
-    chosen = common.choose_precision(args, device, model)
+    chosen = precision.choose(args.precision, device, model)
+    common.say_where(device, chosen)
     precision.set_precision(model, chosen)
     queries, _ = data.split_queries(texts["valid"], tokenizer, args.query_length)
 

@@ -50,7 +50,9 @@ def reward_with_one_output(folder: str, mean: float, deviation: float):
     return model
 
 
-def trainer(policy, reward, tokenizer, asked: list[list[int]], *, batch_size: int, **changes) -> PPOTrainer:
+def trainer(
+    policy, reward, tokenizer, asked: list[list[int]], *, batch_size: int, bf16: bool | None = None, **changes
+) -> PPOTrainer:
     """TRL's trainer, with batches of rollouts and of updates as large as ours; `changes` as PPOConfig takes them."""
     arguments = PPOConfig(
         per_device_train_batch_size=batch_size,
@@ -60,7 +62,7 @@ def trainer(policy, reward, tokenizer, asked: list[list[int]], *, batch_size: in
         missing_eos_penalty=1.0,
         num_sample_generations=0,
         use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available(),
+        bf16=torch.cuda.is_available() if bf16 is None else bf16,
         report_to=[],
         save_strategy="no",
         **changes,

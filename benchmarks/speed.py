@@ -11,7 +11,6 @@ counted: real tokens, causal attention, and behind the last layer's attention th
 
 import argparse
 import copy
-import json
 import multiprocessing
 import statistics
 import sys
@@ -58,6 +57,7 @@ class Case:
     precisions: tuple[str, ...] = ("float32",)
     policy: PretrainedConfig | None = None
     reward: PretrainedConfig | None = None
+    peer_reward: PretrainedConfig | None = None  # where the peer cannot take `reward`
 
 
 def gpt2_config(layers: int, width: int, heads: int, vocabulary: int) -> GPT2Config:
@@ -95,13 +95,23 @@ MINILM = BertConfig(  # all-MiniLM-L6
     vocab_size=30_522,
     pad_token_id=1,
 )
+PEER_REWARD = LlamaConfig(  # MiniLM's layers for TRL, whose reward model must share the policy's tokenizer
+    num_hidden_layers=6,
+    hidden_size=384,
+    intermediate_size=1536,
+    num_attention_heads=12,
+    vocab_size=49_152,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=1,
+)
 FOUR, GPT2 = gpt2_config(4, 256, 4, 4096), gpt2_config(12, 768, 12, 50_257)
 BOTH = ("float32", "bfloat16")
 CASES = {
     "cpu": {
         "4 x 256": Case(64, 16, 24, 1, (1, 4), 64, BOTH, FOUR, FOUR),
         "the project's own": Case(256, 5, 40, 4, (1, 4), 64),
-        "pretrained 135M": Case(128, 8, 20, 4, (1,), 64, BOTH, SMOLLM2, MINILM),
+        "pretrained 135M": Case(128, 8, 20, 4, (1,), 64, BOTH, SMOLLM2, MINILM, PEER_REWARD),
     },
     "cuda": {
         "GPT-2 124M": Case(512, 64, 24, 1, (4,), 512, ("bfloat16",), GPT2, GPT2),
@@ -118,15 +128,16 @@ def words_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
 
 
-def random_models(case: Case, folder: Path) -> tuple[Path, Path]:
-    """Folders of a random generator and of a random classifier."""
+def random_models(case: Case, folder: Path) -> tuple[Path, Path, Path]:
+    """Folders of a random generator, of a random classifier, and of one for the peer."""
     for name, kind, config in (
         ("nlg", AutoModelForCausalLM, case.policy),
         ("cls", AutoModelForSequenceClassification, case.reward),
+        ("peer_cls", AutoModelForSequenceClassification, case.peer_reward or case.reward),
     ):
         kind.from_config(config).save_pretrained(folder / name)
         words_tokenizer(config.vocab_size).save_pretrained(folder / name)
-    return folder / "nlg", folder / "cls"
+    return folder / "nlg", folder / "cls", folder / "peer_cls"
 
 
 def queries_of(case: Case, tokenizer) -> list[str]:
@@ -146,9 +157,9 @@ def synchronised(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def rates(device: torch.device) -> tuple[float, float]:
+def rates(device: torch.device, in_precision: str) -> tuple[float, float]:
     """Floating-point operations and copied bytes a second, the best of several: what a stage is held against."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    size, dtype = 8192 if device.type == "cuda" else 2048, getattr(torch, in_precision)
     square, long = torch.randn(size, size, device=device, dtype=dtype), torch.randn(1 << 26, device=device)
     target = torch.empty_like(long)
 
@@ -170,23 +181,25 @@ def body_operations(config, lengths: torch.Tensor, wanted: int) -> float:
     return linear + 2 * 2 * width * layers * (lengths.double() ** 2 / 2).sum().item()
 
 
-def floors(case: Case, model, lengths: torch.Tensor, response_lengths: torch.Tensor, epochs: int, machine) -> dict:
-    """Seconds that each stage needs at least."""
+def floors(model, rollout, case: Case, epochs: int, machine, in_precision: str) -> dict[str, float]:
+    """Seconds that each stage needs at least; of GPT-2 only, whose operations are counted here."""
+    if model.config.model_type != "gpt2":
+        return {}
     operations, bandwidth = machine
-    tokens = int(response_lengths.sum())
+    response_lengths = rollout.response_mask.sum(1)
+    lengths, tokens = rollout.query_mask.sum(1) + response_lengths, int(response_lengths.sum())
     logits = 2 * model.config.hidden_size * model.config.vocab_size * tokens
     one = body_operations(model.config, lengths, tokens) + logits
     reward = body_operations(model.config, lengths, len(lengths))
-    low_precision = model.device.type == "cuda"
-    policy = one if low_precision else logits  # from the sampler's states
-    wide = 2 if low_precision else 4  # bytes of a number
-    steps = int(response_lengths.max())
+    low = in_precision == "bfloat16"
+    policy = one if low else logits  # from the sampler's states
+    wide = 2 if low else 4  # bytes of a number
     weights = sum(p.numel() for p in model.parameters()) * wide
     cache = 2 * model.config.num_hidden_layers * model.config.hidden_size * wide * (lengths.double() ** 2 / 2).sum()
     return {
-        "rollout": max(one / operations, (steps * weights + cache.item()) / bandwidth),
+        "rollout": max(one / operations, (int(response_lengths.max()) * weights + cache.item()) / bandwidth),
         "scoring": (policy + one + reward) / operations,
-        "update": 3 * epochs * one / operations,
+        "update": (3 * epochs * one + epochs * logits) / operations,  # the reference's logits again
     }
 
 
@@ -258,7 +271,7 @@ def our_update(
 
 
 def peer_seconds(
-    case: Case, epochs: int, policy_folder: Path, reward_folder: Path, updates: int, scratch: Path
+    case: Case, epochs: int, policy_folder: Path, reward_folder: Path, updates: int, scratch: Path, in_precision: str
 ) -> list[float]:
     """The seconds of `updates` updates of TRL's trainer, after one that is not counted.
 
@@ -290,6 +303,7 @@ def peer_seconds(
         num_mini_batches=case.minibatches,
         learning_rate=1e-6,
         logging_steps=1000,
+        bf16=in_precision == "bfloat16",
     )
     clock = Clock()
     trainer.add_callback(clock)
@@ -301,41 +315,60 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
 
 
-def measure(name: str, case: Case, epochs: int, args, device, scratch: Path) -> dict:
-    """One case: prints its table, and returns it for the file."""
-    folders = random_models(case, scratch) if case.layers else (Path("models/nlg"), Path("models/cls"))
-    ours, last, model = our_update(case, epochs, *folders, device)
+def measure(name: str, case: Case, epochs: int, args, device, scratch: Path) -> list[dict]:
+    """One case in each of its precisions: prints a table for each, and returns them for the file."""
+    own = Path("models/nlg"), Path("models/cls"), Path("models/cls")
+    policy, reward, peer_reward = random_models(case, scratch) if case.policy else own
+    ours = {each: our_update(case, epochs, policy, reward, device, each) for each in case.precisions}
     alone = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    ours()
-    ours()
-    found, theirs, machines = [], [], []
+    found, theirs, machines = ({each: [] for each in case.precisions} for _ in range(3))
+    for one, _, _ in ours.values():
+        one()
+        one()
     for _ in range(args.repeats):  # in turn, so that a slow moment of the machine meets all of them
-        machines.append(rates(device))
-        found += [ours() for _ in range(args.updates)]
-        if args.peer:
-            theirs += alone.submit(peer_seconds, case, epochs, *folders, args.updates, scratch / "trl").result()
+        for each, (one, _, _) in ours.items():
+            machines[each].append(rates(device, each))
+            found[each] += [one() for _ in range(args.updates)]
+            if args.peer:
+                asked = case, epochs, policy, peer_reward, args.updates, scratch / "trl", each
+                theirs[each] += alone.submit(peer_seconds, *asked).result()
     alone.shutdown()
-    rollout, machine = last[0], [statistics.median(rate) for rate in zip(*machines, strict=True)]
-    response_lengths = rollout.response_mask.sum(1)
-    least = floors(case, model, rollout.query_mask.sum(1) + response_lengths, response_lengths, epochs, machine)
+    return [
+        report(name, case, epochs, each, found[each], theirs[each], machines[each], ours[each], device)
+        for each in case.precisions
+    ]
+
+
+def report(name, case: Case, epochs: int, in_precision: str, found, theirs, machines, ours, device) -> dict:
+    """Prints and returns what was measured in one precision."""
+    _, (rollout,), model = ours
+    machine = [statistics.median(rate) for rate in zip(*machines, strict=True)]
     whole = [sum(one.values()) for one in found]
     record = {
         "case": name,
         "K": epochs,
+        "precision": in_precision,
         "seconds": statistics.median(whole),
         "episodes_per_second": case.batch / statistics.median(whole),
         "operations_per_second": machine[0],
         "bytes_per_second": machine[1],
         "stages": {},
     }
-    print(f"\n{name}, K = {epochs}: {spread(whole)} an update, {record['episodes_per_second']:.0f} episodes/s")
+    print(
+        f"\n{name}, K = {epochs}, {in_precision}: {spread(whole)} an update, "
+        f"{record['episodes_per_second']:.1f} episodes/s"
+    )
     print(f"  the machine: matrix products at {machine[0] / 1e9:.0f} GFLOP/s, copies at {machine[1] / 1e9:.1f} GB/s")
-    for stage, floor in least.items():
-        middle = statistics.median(one[stage] for one in found)
-        record["stages"][stage] = {"seconds": middle, "floor": floor, "ratio": middle / floor}
-        print(
-            f"  {stage:8s} {spread([one[stage] for one in found])}, floor {floor:.3f} s: {middle / floor:.1f} times it"
-        )
+    least = floors(model, rollout, case, epochs, machine, in_precision)
+    for stage in found[0]:
+        seconds = [one[stage] for one in found]
+        record["stages"][stage] = {"seconds": statistics.median(seconds)}
+        if least:
+            ratio = statistics.median(seconds) / least[stage]
+            record["stages"][stage] |= {"floor": least[stage], "ratio": ratio}
+            print(f"  {stage:8s} {spread(seconds)}, floor {least[stage]:.3f} s: {ratio:.1f} times it")
+        else:
+            print(f"  {stage:8s} {spread(seconds)}")
     if theirs:
         ratio = statistics.median(theirs) / statistics.median(whole)
         record |= {"peer_seconds": statistics.median(theirs), "peer_ratio": ratio}
@@ -344,6 +377,24 @@ def measure(name: str, case: Case, epochs: int, args, device, scratch: Path) -> 
         record["peak_gigabytes"] = torch.cuda.max_memory_allocated() / 2**30
         print(f"  peak memory {record['peak_gigabytes']:.1f} GiB")
     return record
+
+
+def table(records: list[dict]) -> str:
+    """The rows of RESULTS.md: seconds an update, in brackets how many times the floor."""
+
+    def stage(one: dict) -> str:
+        return f"{one['seconds']:.2f}" + (f" ({one['ratio']:.1f})" if "ratio" in one else "")
+
+    lines = [
+        "| shapes | K | precision | rollout | scoring | update | ours | episodes/s | TRL | TRL / ours | peak GiB |"
+    ]
+    lines.append("|" + "---|" * 11)
+    for one in records:
+        known = [f"{one[key]:.2f}" if key in one else "" for key in ("peer_seconds", "peer_ratio", "peak_gigabytes")]
+        cells = [one["case"], one["K"], one["precision"], *map(stage, one["stages"].values())]
+        cells += [f"{one['seconds']:.2f}", f"{one['episodes_per_second']:.1f}", *known]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -360,9 +411,10 @@ def main() -> None:
     records = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, case in cases.items():
-            records += [measure(name, case, k, args, device, Path(scratch)) for k in case.ppo_epochs]
+            for k in case.ppo_epochs:
+                records += measure(name, case, k, args, device, Path(scratch))
     common.write_json(Path(args.out), common.provenance(device) | {"cases": records})
-    print(json.dumps({"file": args.out}))
+    print(f"\n{table(records)}\n\nfile: {args.out}")
 
 
 if __name__ == "__main__":

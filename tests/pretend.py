@@ -87,14 +87,15 @@ def tensors_in(*nested) -> list[torch.Tensor]:
 
 
 class DeviceTensor(torch.Tensor):
-    log = Log()
+    events = Log()  # not `log`, which is an operation
     device, is_cuda = property(lambda self: CUDA), property(lambda self: True)
     data = property(lambda self: self.detach())  # cannot be set: torch would change this tensor, not the one inside
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor):
-        out, log, storage = torch.Tensor._make_subclass(cls, inner), cls.log.touch(cls.log), inner.untyped_storage()
+        out, log = torch.Tensor._make_subclass(cls, inner), cls.events.touch(cls.events)
+        storage = inner.untyped_storage()
         out.inner, out.bytes = inner, log.storages.get(storage._cdata) or _Bytes(log, storage.nbytes())
         log.storages[storage._cdata] = out.bytes
         return out
@@ -142,7 +143,7 @@ class _CopyToHost(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: DeviceTensor, non_blocking: bool) -> torch.Tensor:
         if not non_blocking:
-            x.log.wait("copy to the host")
+            x.events.wait("copy to the host")
         return x.inner.clone()
 
     @staticmethod
@@ -152,7 +153,7 @@ class _CopyToHost(torch.autograd.Function):
 
 def execute(func, args: tuple, kwargs: dict):
     """Does an operation with the CPU tensors inside, if CUDA would do it."""
-    log, device = DeviceTensor.log, kwargs.get("device")
+    log, device = DeviceTensor.events, kwargs.get("device")
     inputs = tensors_in(args, kwargs)
     given = {id(x.inner): x for x in inputs if on_cuda(x)}  # an operation in place returns what it was given
     to_cuda = bool(given) or on_cuda(device) or (device is not None and log.in_device_call)
@@ -194,7 +195,7 @@ def check(func, args: tuple, inputs: list[torch.Tensor]) -> None:
         if not on_cuda(args[0]):
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if index.dtype in (torch.bool, torch.uint8) or not on_cuda(index):
-            DeviceTensor.log.wait("boolean index" if on_cuda(index) else "copy to the device")
+            DeviceTensor.events.wait("boolean index" if on_cuda(index) else "copy to the device")
     scalars_too = func in TAKES_A_CPU_SCALAR or Tag.pointwise in func.tags
     for x in inputs:
         written = func._schema.is_mutable and x is args[0]
@@ -228,7 +229,7 @@ class _Calls(TorchFunctionMode):
         uses_device = on_cuda(device) or any(map(on_cuda, tensors_in(args)))
         if generator is not None and generator.device.type != (kind := "cuda" if uses_device else "cpu"):
             raise RuntimeError(f"Expected a '{kind}' device type for generator but found '{generator.device.type}'")
-        log = DeviceTensor.log
+        log = DeviceTensor.events
         before, log.in_device_call = log.in_device_call, uses_device and device is None
         try:
             return func(*args, **kwargs)
@@ -304,7 +305,7 @@ def move(module: nn.Module, fn, recurse: bool = True, apply=nn.Module._apply) ->
 @contextlib.contextmanager
 def cuda():
     """Gives torch a CUDA device until the end of the block; yields its Log."""
-    DeviceTensor.log = log = Log()
+    DeviceTensor.events = log = Log()
     autocast, enabled, dtype_of = torch.autocast.__init__, torch.is_autocast_enabled, torch.get_autocast_dtype
     group, lifts_only_cpu = torch._C._group_tensors_by_device_and_dtype, torch._C._only_lift_cpu_tensors()
     properties = types.SimpleNamespace(name="a pretend CUDA device", total_memory=80 * 2**30, major=9, minor=0)

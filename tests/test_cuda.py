@@ -3,7 +3,6 @@
 What only a GPU can show, its speed, its rounding and its memory, is not tested here.
 """
 
-import collections
 import contextlib
 import copy
 import json
@@ -11,6 +10,7 @@ import os
 import shutil
 import signal
 
+import host_waits
 import numpy as np
 import pandas as pd
 import pretend
@@ -20,18 +20,17 @@ from conftest import TINY_EVALUATION, TINY_RUN, run
 from kill_test import same, small_project
 from torch import nn
 
-import data
 import model_io
-import optimization
 import ppo
-import precision
+import sampler
 import scoring
 import supervised
 
-# The most that the host may wait for the device in a rollout, the scoring and the update of QUERIES queries, each of
-# which stops a GPU for some ten microseconds. Only the first may grow with the tokens of a response.
-QUERIES, LENGTH, FORWARD_BATCH, MINIBATCHES = 16, 12, 8, 2
-WAITS_PER_TOKEN, WAITS_PER_FORWARD, WAITS_PER_TEXT = 5, 20, 3
+# How often the host may wait for the device, which stops a GPU for some ten microseconds each time: for a look at which
+# rows have ended every few tokens, and a number of times that does not grow with tokens or texts in every slice of a
+# rollout (two models), in every slice of an update, and for a batch of texts to score.
+QUERIES, LENGTH, FORWARD_BATCH, MINIBATCHES = 16, 12, 4, 2
+WAITS_OF_A_ROLLOUT, WAITS_OF_A_SCORE, WAITS_OF_AN_UPDATE = 6, 8, 4
 SHORT_RUN = [*TINY_RUN, "--response-length", 12]
 TIMINGS = ["seconds_rollout", "seconds_score", "seconds_update", "episodes_per_second"]
 
@@ -175,80 +174,48 @@ def test_a_stopped_run_ends_as_one_that_was_left_alone(on_device, monkeypatch, s
         shutil.rmtree(home / "models" / folder)
 
 
+@pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_stopped_run_goes_on_on_another_device(on_device, monkeypatch, first, then):
+    home, _ = on_device
+    flags = [*SHORT_RUN, "--episodes", 64, "--run", f"{first}_{then}", "--out", "models/moved", "--resume"]
+    update, calls = ppo.update, []
+
+    def update_with_a_signal(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pretend.cuda():
+        patch.setattr(ppo, "update", update_with_a_signal)
+        run("finetuning_nlg", *flags, "--device", first, cwd=home, code=128 + signal.SIGTERM, cuda=True)
+    with pretend.cuda() as log:
+        run("finetuning_nlg", *flags, "--device", then, cwd=home, cuda=True)
+    assert log.initialized == (then == "cuda")
+    done = run_log(home, f"{first}_{then}")
+    assert done["update"].tolist() == [1, 2, 3, 4] and (done.ratio_deviation_first < 1e-4).all()
+    shutil.rmtree(home / "models" / "moved")
+
+
 # waiting
-
-
-def waits(log: pretend.Log, stage) -> tuple[collections.Counter, object]:
-    """How often each line of the project makes the host wait in stage(), "file.py:line" -> count, and its result."""
-    before = log.waits.copy()
-    result, lines = stage(), collections.Counter()
-    for (_, line), count in (log.waits - before).items():
-        lines[line] += count
-    return lines, result
 
 
 def test_the_host_seldom_waits_for_the_device(chain):
     home, device = chain[0], torch.device("cuda")
     with pretend.cuda() as log:
         reference, tokenizer = model_io.load_policy(str(home / "models" / "nlg"), "--policy")
-        model = copy.deepcopy(reference.to(device))
-        precision.freeze(reference, torch.bfloat16)
-        policy = ppo.PolicyWithValue(model, precision=torch.bfloat16).eval()
-        optimizers = optimization.make_optimizers(policy, 1e-3, muon=True)
         score = scoring.of_model(*scoring.load_model(str(home / "models" / "cls")), device, "auto")
         queries = ["On Monday my sister", "A man"] * (QUERIES // 2)
-        query_ids, query_mask = data.encode_queries(tokenizer, queries, device)
-        generator = torch.Generator().manual_seed(0)
-
-        def roll_out():
-            return ppo.collect(
-                policy,
-                reference,
-                query_ids,
-                query_mask,
-                length=LENGTH,
-                temperature=0.7,
-                stop_id=tokenizer.eos_token_id,
-                minibatches=ppo.shuffled(QUERIES, MINIBATCHES, generator),
-                forward_batch=FORWARD_BATCH,
-                generator=generator,
-            )
-
-        def score_texts():
-            ids = rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
-            return score(queries, model_io.whole_texts(tokenizer, *ids))
-
-        def update():
-            mask = rollout.response_mask
-            rewards = ppo.token_rewards(torch.tensor(scores, device=device).float(), rollout.exact_kl, mask, 0.1)
-            advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, 1.0, 1.0)
-            return ppo.update(
-                policy,
-                reference,
-                optimizers,
-                rollout,
-                ppo.whiten(advantages, mask),
-                returns,
-                epochs=1,
-                clip_range=0.2,
-                value_clip_range=0.2,
-                value_coef=0.1,
-                kl_weight=0.1,
-                temperature=0.7,
-                forward_batch=FORWARD_BATCH,
-                generator=generator,
-            )
-
-        of_rollout, rollout = waits(log, roll_out)
-        of_scores, scores = waits(log, score_texts)
-        of_update, statistics = waits(log, update)
-    for stage, lines in (("rollout", of_rollout), ("score", of_scores), ("update", of_update)):
+        stages = host_waits.stages(
+            log, reference.to(device), tokenizer, score, queries, LENGTH, FORWARD_BATCH, MINIBATCHES
+        )
+    of_rollout, of_scores, of_update = stages.values()
+    for stage, lines in stages.items():
         print(f"{stage}: {lines.total()} waits\n" + "".join(f"  {n:4} {line}\n" for line, n in lines.most_common()))
-    assert statistics["skipped"] == 0
-    forwards = QUERIES // FORWARD_BATCH
-    assert of_rollout.total() <= WAITS_PER_TOKEN * LENGTH + WAITS_PER_FORWARD * forwards
-    assert of_scores.total() <= WAITS_PER_TEXT * QUERIES + WAITS_PER_FORWARD
-    assert of_update.total() <= WAITS_PER_FORWARD * max(forwards, MINIBATCHES)
+    slices = QUERIES // FORWARD_BATCH
+    assert of_rollout.total() <= WAITS_OF_A_ROLLOUT + LENGTH / sampler.LOOK_EVERY + 2 * slices
+    assert of_scores.total() <= WAITS_OF_A_SCORE
+    assert of_update.total() <= WAITS_OF_AN_UPDATE + MINIBATCHES + slices
 
 
 # the device itself

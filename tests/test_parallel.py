@@ -24,6 +24,7 @@ import optimization
 import parallel
 import ppo
 import run_folder
+import supervised
 
 SETTINGS = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.1, "temperature": 0.7}
 # torchrun has options that begin with --run too, so -- says where its own end
@@ -151,6 +152,37 @@ def test_a_process_without_rows_of_a_minibatch_waits_for_the_others(tiny_model, 
     one = learn(tiny_model, rollout, scores, False)
     for other in in_two_processes(lambda: learn(tiny_model, rollout, scores, False), tmp_path):
         assert_alike(other["found"], one["found"])
+
+
+def test_a_process_without_texts_of_a_batch_waits_for_the_others(tiny_model, tmp_path):
+    """Three texts in batches of two: of the second batch one process has none."""
+    rows = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+
+    def fit():
+        model, device = copy.deepcopy(tiny_model), torch.device("cpu")
+        supervised.fit(
+            model,
+            [len(row) for row in rows],
+            lambda batch: supervised.lm_loss(model, *supervised.pad([rows[i] for i in batch], 0, device)),
+            lambda: {"loss": 0.0},
+            epochs=2,
+            batch_size=2,
+            lr=1e-2,
+            muon=False,
+            device=device,
+            seed=0,
+            decay=1.0,
+            label="texts",
+            keep=lambda *_: None,
+            saved=None,
+        )
+        return supervised.perplexity(model.eval(), rows, 0, device)["loss"]
+
+    for module in tiny_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    one, two = fit(), in_two_processes(fit, tmp_path)
+    assert two == [pytest.approx(one, rel=1e-4)] * 2
 
 
 def test_shares(monkeypatch):

@@ -520,6 +520,20 @@ def test_a_minibatch_whose_gradient_is_not_finite_never_reaches_the_weights(tiny
     assert after.isfinite().all() and not torch.equal(after, before)
 
 
+def test_a_skipped_step_is_none_for_adam(tiny_model):
+    policy = ppo.PolicyWithValue(tiny_model).eval()
+    rollout = dataclasses.replace(collect(policy, copy.deepcopy(tiny_model)), minibatches=tensor([0, 1, 2]).split(1))
+    advantages = torch.ones(rollout.values.shape)
+    advantages[1, 0] = math.nan
+    (adam,) = optimization.make_optimizers(policy, 1e-3, muon=False)
+    losses = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.0, "temperature": 0.7}
+    settings = losses | {"epochs": 1, "forward_batch": 8, "generator": generator()}
+    assert ppo.update(policy, tiny_model, [adam], rollout, advantages, advantages, **settings)["skipped"] == 1
+    (group,) = adam.param_groups
+    assert group["steps"] == 2 and {state["step"].item() for state in adam.state.values()} == {2}
+    assert group["eps"] == pytest.approx(1e-5 / math.sqrt(1 - 0.999**2))
+
+
 def test_the_gradient_norm_is_that_of_all_weights(tiny_model):
     policy = ppo.PolicyWithValue(tiny_model).eval()
     rollout = collect(policy, copy.deepcopy(tiny_model))

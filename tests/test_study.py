@@ -7,6 +7,7 @@ import hard_frames
 import pandas as pd
 import preferences
 import pytest
+import torch
 from conftest import ROOT, SHARED, TINY_RUN, refused, run
 
 import grids
@@ -72,6 +73,18 @@ def test_what_counts_as_broken(change, expected):
         "diversity": {"before": {"entropy": 0.23}, "after": {"entropy": run["entropy"]}},
     }
     assert study.collapse(pd.DataFrame({"improvement_ma": run["gains"]}), evaluation) == expected
+
+
+@pytest.mark.parametrize(
+    ("set_by_the_user", "expected"),
+    [(None, ["0", "1", "2"]), ("2", ["2"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]), ("", [])],
+)
+def test_a_study_uses_the_gpus_that_the_user_allows(monkeypatch, set_by_the_user, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if set_by_the_user is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", set_by_the_user)
+    assert study.visible_gpus() == expected
 
 
 def test_a_run_makes_first_what_it_works_with(home, monkeypatch):
