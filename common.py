@@ -118,7 +118,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=precision.PRECISIONS,
         default="auto",
-        help="of matrix products. auto: bfloat16 on CUDA, and for models of 10 million weights and more on a CPU with "
+        help="of matrix products. auto: bfloat16 on CUDA, and for models of 4 million weights and more on a CPU with "
         "avx512_bf16 or AMX; float32 elsewhere",
     )
     group.add_argument("--seed", type=SEED, default=0, help="seed of every random choice")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-LARGE_ENOUGH = 10_000_000  # parameters from which bfloat16 is faster on a CPU that has it (benchmarks/RESULTS.md)
+LARGE_ENOUGH = 4_000_000  # parameters from which bfloat16 is faster on a CPU that has it (benchmarks/RESULTS.md)
 
 
 def is_fast(device: torch.device) -> bool:
