@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import GPT2Model, LlamaModel
 
-from precision import products_of
+from precision import kind_of, products_of
 
 
 class Heads(NamedTuple):
@@ -107,16 +107,11 @@ def rms_norm(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_supported(body) -> bool:
     """Whether this is a plain GPT-2 or Llama without dropout at work."""
-    if body.training:
+    kind, config = kind_of(body), body.config
+    if body.training or kind not in (GPT2Model, LlamaModel):
         return False
-    if isinstance(body, LlamaModel):
-        return body.config.hidden_act == "silu"
-    config = body.config
-    return (
-        isinstance(body, GPT2Model)
-        and config.scale_attn_weights
-        and not (config.scale_attn_by_inverse_layer_idx or config.reorder_and_upcast_attn or config.add_cross_attention)
-    )
+    unusual = "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"
+    return kind is LlamaModel or (config.scale_attn_weights and not any(getattr(config, name) for name in unusual))
 
 
 def _pieces(body: GPT2Model | LlamaModel) -> GPT2 | Llama:

@@ -59,6 +59,11 @@ def is_low(model: nn.Module) -> bool:
     return isinstance(model.base_model, _LowPrecisionBody)
 
 
+def kind_of(body: nn.Module) -> type:
+    """The class that a body has in transformers."""
+    return type(body).__bases__[1] if is_low(body) else type(body)
+
+
 def set_precision(model: nn.Module, precision: torch.dtype) -> None:
     """Lets the body of a model multiply in this precision; its weights stay as they are."""
     body = model.base_model

@@ -321,6 +321,15 @@ def test_a_rollout_does_not_depend_on_how_its_rows_are_sliced(tiny_model):
     )
 
 
+def test_a_rollout_keeps_nothing_as_large_as_its_tokens_times_the_vocabulary():
+    """2.5 GB for a batch of [3] with GPT-2."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=400, n_layer=1, n_head=2, n_embd=16, n_positions=32))
+    rollout = collect(ppo.PolicyWithValue(model).eval(), model.eval())
+    tensors = [x for x in vars(rollout).values() if isinstance(x, torch.Tensor)]
+    assert max(x.numel() for x in tensors) == rollout.response_mask.numel() * 16  # the reference's hidden states
+
+
 ARCHITECTURES = pytest.mark.parametrize(
     "config",
     [
