@@ -2,6 +2,7 @@
 # make gpt2   the same with GPT-2 and ETHICS from the hub  make clean  remove what make made, but for .venv
 # make study  every grid of runs, after make, for hours    make peer   TRL's PPOTrainer on the same task, after make
 # make bench  seconds of every stage, after make           make gpu-check   what only a GPU can show, some 15 minutes
+# make help   these lines
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = K1_lr_1e-3_seed0
@@ -17,9 +18,9 @@ all: .venv/installed
 	@echo "The fine-tuned policy is in models/nlg_ppo, its run in data_results/$(RUN)."
 	@echo "Look at data_results/fig_K1_lr_1e-3.png and data_results/Analysis.html (Analysis.ipynb, executed)."
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 test: .venv/installed
@@ -69,4 +70,7 @@ gpu-check: .venv/installed benchmarks/.venv/installed
 clean:
 	rm -rf models data_results/Analysis.html
 
-.PHONY: all test gpt2 study peer bench gpu-check clean
+help:
+	@sed -n -e '/^#/!q' -e 's/^# //p' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: all test gpt2 study peer bench gpu-check clean help
