@@ -91,78 +91,109 @@ def head_of(model, temperature: float) -> Head:
     return Head(layer.weight, None if layer.bias is None else layer.bias / temperature, is_low(model))
 
 
-class Said(NamedTuple):
-    """What policy and reference say of N tokens, [N] each."""
+class TokenStatistics(NamedTuple):
+    """What policy and reference say of N tokens, [N] each, in nats."""
 
     logprobs: Tensor
     ref_logprobs: Tensor
     kl: Tensor  # KL(policy, reference) of the whole distribution
     entropy: Tensor  # of the policy
+    ref_log_totals: Tensor  # log of the sum of exp(logits) of the reference
 
 
-class _Compare(torch.autograd.Function):
-    """Said of softmax(logits) and softmax(ref_logits), with gradients of logprobs and kl.
+# The [N, V] tensors are what an update of a small model spends its time on, and what a large one has no memory for. So
+# they come in chunks that are read while they are in the cache, and nothing is divided by a sum before it is summed.
 
-    The [N, V] tensors are what an update of a small model spends its time on, and what a large one has no memory for.
-    So they come in chunks that are read while they are in the cache, nothing is normalised that can be divided by its
-    sum later, and what is kept for the gradient is in the model's precision. With p = softmax(logits) and d = logits -
-    ref_logits: KL = E_p[d] + constants, d logp_i / d logits = onehot_i - p, d KL / d logits = p * (d - E_p[d]).
+
+@torch.no_grad()
+def token_statistics(
+    model, states: Tensor, reference, ref_states: Tensor, ids: Tensor, temperature: float
+) -> TokenStatistics:
+    """Hidden states [N, H] of policy and reference -> what both say of the tokens ids [N] that came."""
+    head, ref_head = head_of(model, temperature), head_of(reference, temperature)
+    states, ref_states = states / temperature, ref_states / temperature
+    parts = []
+    for rows in chunks(len(ids), head.weight):
+        logits, unnormalised, total, logprobs = softmax_pieces(head.logits(states[rows]), ids[rows])
+        ref_logits = ref_head.logits(ref_states[rows])
+        ref_log_total = ref_logits.logsumexp(1)
+        ref_logprobs = of_tokens(ref_logits, ids[rows]) - ref_log_total
+        entropy = total.log() - dot(unnormalised, logits) / total
+        kl, _ = kl_of(logits, unnormalised, total, ref_logits, ref_log_total)
+        parts.append((logprobs, ref_logprobs, kl, entropy, ref_log_total))
+    return TokenStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def softmax_pieces(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits [N, V], which change, and ids [N] -> logits less their largest, their exp, its sum, log-probabilities."""
+    logits -= logits.amax(1, keepdim=True)
+    unnormalised = logits.exp()
+    total = unnormalised.sum(1)
+    return logits, unnormalised, total, of_tokens(logits, ids) - total.log()
+
+
+def kl_of(
+    logits: Tensor, unnormalised: Tensor, total: Tensor, ref_logits: Tensor, ref_log_total: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The KL [N] of `softmax_pieces` to softmax(ref_logits), whose place the differences of the logits take, and the
+    mean of these differences [N]: KL = E[logits - ref_logits] - log total + log of the reference's total."""
+    mean_difference = dot(unnormalised, ref_logits.neg_().add_(logits)) / total
+    return mean_difference - total.log() + ref_log_total, mean_difference
+
+
+class _LogprobsAndKl(torch.autograd.Function):
+    """`logprobs_and_kl` with its gradient; what is kept for it is in the model's precision.
+
+    With p = softmax(logits) and d = logits - ref_logits: d logp_i / d logits = onehot_i - p, and
+    d KL / d logits = p * (d - E_p[d]).
     """
 
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ref_states: Tensor, heads):
-        head, ref_head = Head(weight, bias, heads[0].low), heads[1]
-        count, said = len(states), [torch.empty_like(states[:, 0]) for _ in (*Said._fields, "mean_difference")]
-        learns, dtype = any(ctx.needs_input_grad), torch.bfloat16 if head.low else states.dtype
-        kept = [torch.empty(count if learns else 0, len(weight), dtype=dtype, device=states.device) for _ in range(2)]
-        for rows in chunks(count, len(weight), states.device):
-            logits, ref_logits = head.logits(states[rows]), ref_head.logits(ref_states[rows])
-            for x in (logits, ref_logits):
-                x -= x.amax(1, keepdim=True)
-            unnormalised = logits.exp()
-            total, ref_total = unnormalised.sum(1), ref_logits.exp().sum(1)
-            logprobs = of_tokens(logits, ids[rows]) - total.log()
-            ref_logprobs = of_tokens(ref_logits, ids[rows]) - ref_total.log()
-            entropy = total.log() - dot(unnormalised, logits) / total
-            difference = ref_logits.neg_().add_(logits)
-            mean_difference = dot(unnormalised, difference) / total
-            kl = mean_difference - total.log() + ref_total.log()
-            for whole, part in zip(said, (logprobs, ref_logprobs, kl, entropy, mean_difference), strict=True):
-                whole[rows] = part
-            if learns:
-                kept[0][rows], kept[1][rows] = unnormalised.div_(total.unsqueeze(1)), difference
-        ctx.low = head.low
-        ctx.save_for_backward(states, weight, ids, said.pop(), *kept)
-        ctx.mark_non_differentiable(said[1], said[3])
-        return tuple(said)
+    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, low: bool, ids: Tensor, reference: tuple):
+        head, (ref_head, ref_states, ref_log_totals) = Head(weight, bias, low), reference
+        kept, parts = [], []
+        for rows in chunks(len(ids), weight):
+            logits, unnormalised, total, logprobs = softmax_pieces(head.logits(states[rows]), ids[rows])
+            difference = ref_head.logits(ref_states[rows])
+            kl, mean_difference = kl_of(logits, unnormalised, total, difference, ref_log_totals[rows])
+            p = unnormalised.div_(total.unsqueeze(1))
+            kept += [x.bfloat16() if low else x for x in (p, difference)]
+            parts.append((logprobs, kl, mean_difference))
+        logprobs, kl, mean_difference = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.low = low
+        ctx.save_for_backward(states, weight, ids, mean_difference, *kept)
+        return logprobs, kl
 
     @staticmethod
-    def backward(ctx, of_logprob: Tensor, _, of_kl: Tensor, __):
-        states, weight, ids, mean_difference, p, difference = ctx.saved_tensors
-        of_states, gradient = torch.empty_like(states), p  # written where it was read
-        level = (mean_difference * of_kl + of_logprob).unsqueeze(1)
-        for rows in chunks(len(states), len(weight), states.device):
-            part = (difference[rows] * of_kl[rows].unsqueeze(1)).sub_(level[rows]).mul_(p[rows])
-            part.scatter_add_(1, ids[rows].unsqueeze(1), of_logprob[rows].unsqueeze(1))
-            of_states[rows] = product(part, weight) if ctx.low else part @ weight
-            gradient[rows] = part
-        wants_weight, wants_bias = ctx.needs_input_grad[1:3]
+    def backward(ctx, of_logprob: Tensor, of_kl: Tensor):
+        states, weight, ids, mean_difference, *kept = ctx.saved_tensors
+        of_states, level = [], (mean_difference * of_kl + of_logprob).unsqueeze(1)
+        gradients = []
+        for rows, p, difference in zip(chunks(len(ids), weight), kept[::2], kept[1::2], strict=True):
+            gradient = (difference * of_kl[rows].unsqueeze(1)).sub_(level[rows]).mul_(p)
+            gradient.scatter_add_(1, ids[rows].unsqueeze(1), of_logprob[rows].unsqueeze(1))
+            of_states.append(product(gradient, weight) if ctx.low else gradient @ weight)
+            gradients.append(gradient.to(p.dtype))
+        gradient = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
+        _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         of_weight = (gradient.T @ states.to(gradient.dtype)).to(weight.dtype) if wants_weight else None
-        return of_states, of_weight, gradient.sum(0, dtype=states.dtype) if wants_bias else None, None, None, None
+        of_bias = gradient.sum(0, dtype=states.dtype) if wants_bias else None
+        return torch.cat(of_states), of_weight, of_bias, None, None, None
 
 
-def chunks(count: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """The rows of [count, vocabulary] in parts that take so many bytes in float32."""
-    size = max(1, CHUNK_BYTES[device.type] // (4 * vocabulary))
+def chunks(count: int, weight: Tensor) -> list[slice]:
+    """The rows of logits [count, V] in parts of CHUNK_BYTES."""
+    size = max(1, CHUNK_BYTES[weight.device.type] // (4 * len(weight)))
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def compare(model, states: Tensor, reference, ref_states: Tensor, ids: Tensor, temperature: float) -> Said:
-    """Hidden states [N, H] of policy and reference -> what both say of the tokens ids [N] that came."""
+def logprobs_and_kl(
+    model, states: Tensor, reference, ref_states: Tensor, ref_log_totals: Tensor, ids: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The first and third of `token_statistics`, with gradients; ref_log_totals [N] are its last."""
     head, ref_head = head_of(model, temperature), head_of(reference, temperature)
-    return Said(
-        *_Compare.apply(states / temperature, head.weight, head.bias, ids, ref_states / temperature, (head, ref_head))
-    )
+    of_reference = ref_head, ref_states / temperature, ref_log_totals
+    return _LogprobsAndKl.apply(states / temperature, head.weight, head.bias, head.low, ids, of_reference)
 
 
 def token_logits(model, states: Tensor, temperature: float) -> Tensor:

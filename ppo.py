@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import parallel
-from policy import PolicyWithValue, compare, hidden_states
+from policy import PolicyWithValue, hidden_states, logprobs_and_kl, token_statistics
 from precision import is_low
 from sampler import real_tokens, sample
 
@@ -35,11 +35,12 @@ class Rollout:
     response_mask: Tensor  # [B, R], 1 up to and with the stop token
     lengths: Tensor  # [B], real response tokens; on the CPU, where indices are made without waiting for a GPU
     terminated: Tensor  # [B], True where the stop token came
+    values: Tensor  # [B, R], expected return before the token is chosen
     logprobs: Tensor  # [B, R], of the sampled tokens under the policy that sampled them
     ref_logprobs: Tensor  # [B, R], of the same tokens under the reference
     exact_kl: Tensor  # [B, R], KL(policy, reference) of the next token over the whole vocabulary
     entropy: Tensor  # [B, R], of the policy at every token
-    values: Tensor  # [B, R], expected return before the token is chosen
+    ref_log_totals: Tensor  # [B, R], log of the sum of exp(logits) of the reference
     ref_states: Tensor  # [B, R, H], the reference's last hidden states: with its output layer, its distributions
     minibatches: tuple[Tensor, ...]  # row numbers: the first pass of `update`, in whose slices logprobs were computed
 
@@ -135,7 +136,7 @@ def collect(
     lengths = mask.sum(1).cpu()
     longest = int(lengths.max())
     response_ids, mask, states = response_ids[:, :longest], mask[:, :longest], states[:, :longest]
-    per_token = [torch.zeros(mask.numel(), device=mask.device) for _ in range(5)]
+    per_token = [torch.zeros(mask.numel(), device=mask.device) for _ in range(6)]
     per_state = torch.zeros(mask.numel(), states.shape[-1], device=mask.device)
     minibatches = minibatches or (torch.arange(len(mask)),)
     for rows in (rows for minibatch in minibatches for rows in slices(minibatch, lengths, forward_batch)):
@@ -143,12 +144,14 @@ def collect(
         known = None if is_low(model) else part.of(states)
         states_here, values = policy(part.ids, part.mask, part.predicting, known)
         ref_states = hidden_states(reference, part.ids, part.mask, part.predicting)
-        said = compare(model, states_here, reference, ref_states, part.of(response_ids), temperature)
-        for whole, of_slice in zip((*per_token, per_state), (*said, values, ref_states), strict=True):
+        found = token_statistics(model, states_here, reference, ref_states, part.of(response_ids), temperature)
+        for whole, of_slice in zip((*per_token, per_state), (values, *found, ref_states), strict=True):
             whole.index_copy_(0, part.places, of_slice)
-    per_token = [whole.view(mask.shape) for whole in per_token]
+    values, *per_token = (whole.view(mask.shape) for whole in per_token)
     per_state = per_state.view(*mask.shape, -1)
-    return Rollout(query_ids, query_mask, response_ids, mask, lengths, terminated, *per_token, per_state, minibatches)
+    return Rollout(
+        query_ids, query_mask, response_ids, mask, lengths, terminated, values, *per_token, per_state, minibatches
+    )
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -281,9 +284,8 @@ def slice_losses(
         part.of(x) for x in (rollout.response_ids, rollout.logprobs, rollout.values, advantages, returns)
     )
     states, values = policy(part.ids, part.mask, part.predicting)
-    logprobs, _, kl, _ = compare(
-        policy.in_precision(), states, reference, part.of(rollout.ref_states), response_ids, temperature
-    )
+    of_reference = reference, part.of(rollout.ref_states), part.of(rollout.ref_log_totals)
+    logprobs, kl = logprobs_and_kl(policy.in_precision(), states, *of_reference, response_ids, temperature)
     policy_losses, ratio = policy_loss(logprobs, old_logprobs, advantage, clip_range)
     value_losses, value_clipped = value_loss(values, old_values, wanted, value_clip_range)
     with torch.no_grad():

@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", default="models/nlg")
     parser.add_argument("--reward", default="models/cls")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...")
     parser.add_argument("--flags", default="", help="more flags of finetuning_nlg.py, in one string")
     parser.add_argument("--out", default="benchmarks/precision.json", help="file to write")
     args = parser.parse_args()

@@ -6,6 +6,7 @@
 Every detail is one that code for PPO on language models has got wrong somewhere (README.md, How it works).
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -38,10 +39,15 @@ def dropout() -> None:
     policy.PolicyWithValue.eval = eval_with_dropout
 
 
+def at_temperature_1(function, *arguments):
+    """The function, whose last argument is the temperature, at 1."""
+    return function(*arguments[:-1], 1.0)
+
+
 def temperature() -> None:
     """The sampler divides the logits by the temperature, log-probabilities and KL are of those that are not divided."""
-    right = ppo.compare
-    ppo.compare = lambda *arguments: right(*arguments[:-1], 1.0)
+    for name in ("token_statistics", "logprobs_and_kl"):
+        setattr(ppo, name, functools.partial(at_temperature_1, getattr(ppo, name)))
 
 
 def positions() -> None:

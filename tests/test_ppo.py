@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 import optimization
 import ppo
 import sampler
-from policy import CHUNK_BYTES, compare, token_logits
+from policy import CHUNK_BYTES, logprobs_and_kl, token_logits, token_statistics
 
 STOP = 10
 QUERIES = tensor([[0, 0, 1, 2], [3, 4, 5, 6], [0, 7, 8, 9]])
@@ -172,7 +172,7 @@ def test_real_tokens_end_with_the_first_stop():
 
 
 class Table(torch.nn.Module):
-    """What `compare` needs of a language model: an output layer, here with a row of logits for every state."""
+    """What `token_statistics` needs of a language model: an output layer, here with a row of logits for every state."""
 
     def __init__(self, logits: torch.Tensor):
         super().__init__()
@@ -187,7 +187,7 @@ class Table(torch.nn.Module):
 def said(logits, ref_logits, ids, temperature=1.0):
     """What a policy and a reference with these logits [N, V] say of ids [N]."""
     states = torch.eye(len(logits), dtype=logits.dtype)
-    return compare(Table(logits), states, Table(ref_logits), states, ids, temperature)
+    return token_statistics(Table(logits), states, Table(ref_logits), states, ids, temperature)
 
 
 def test_kl_divergence_and_entropy_of_two_coins():
@@ -212,7 +212,7 @@ def test_what_is_said_and_its_gradients_are_those_of_autograd_in_chunks_of_any_s
         model.layer.bias = torch.nn.Parameter(torch.randn(7, dtype=torch.float64))
     ids, (policy, reference) = torch.randint(7, (5,)), models
     states.requires_grad_()
-    found = compare(policy, states, reference, ref_states, ids, 0.7)
+    found = token_statistics(policy, states, reference, ref_states, ids, 0.7)
     logp, ref_logp = (
         (model.layer(x) / 0.7).log_softmax(-1) for model, x in ((policy, states), (reference, ref_states))
     )
@@ -221,12 +221,15 @@ def test_what_is_said_and_its_gradients_are_those_of_autograd_in_chunks_of_any_s
         ref_logp.gather(1, ids[:, None])[:, 0],
         (logp.exp() * (logp - ref_logp)).sum(1),
         -(logp.exp() * logp).sum(1),
+        (reference.layer(ref_states) / 0.7).logsumexp(1),
     )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     weights = torch.randn(2, 5, dtype=torch.float64)
     of = states, policy.layer.weight, policy.layer.bias
-    ours = torch.autograd.grad((weights[0] * found.logprobs + weights[1] * found.kl).sum(), of)
+    logprobs, kl = logprobs_and_kl(policy, states, reference, ref_states, found.ref_log_totals, ids, 0.7)
+    assert torch.equal(logprobs, found.logprobs) and torch.equal(kl, found.kl)
+    ours = torch.autograd.grad((weights[0] * logprobs + weights[1] * kl).sum(), of)
     theirs = torch.autograd.grad((weights[0] * expected[0] + weights[1] * expected[2]).sum(), of)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
@@ -368,7 +371,9 @@ def test_the_sampler_sees_the_states_of_a_plain_forward_pass(config):
     plain = ppo.hidden_states(model, ids, full_mask, predicting.flatten().nonzero().squeeze(1))
     torch.testing.assert_close(states[mask.bool()], plain, atol=1e-5, rtol=1e-5)
     chosen = responses[mask.bool()]
-    sampled, recomputed = (compare(model, x, model, x, chosen, 0.7).logprobs for x in (states[mask.bool()], plain))
+    sampled, recomputed = (
+        token_statistics(model, x, model, x, chosen, 0.7).logprobs for x in (states[mask.bool()], plain)
+    )
     torch.testing.assert_close(sampled, recomputed, atol=1e-5, rtol=0)
 
 

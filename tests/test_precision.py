@@ -147,7 +147,7 @@ def test_logits_far_from_0_keep_their_differences(config, device):
         low = policy.token_logits(frozen, states, 0.7)
         assert low.dtype == torch.float32
         ids = torch.randint(60, (200,), device=device)
-        said = policy.compare(frozen, states, frozen, states, ids, 0.7)
+        said = policy.token_statistics(frozen, states, frozen, states, ids, 0.7)
     error = low.log_softmax(-1) - exact
     assert error.std() < 0.05  # rounded to bfloat16 themselves, the logits are off by 0.3
     torch.testing.assert_close(said.logprobs.double(), exact.gather(1, ids[:, None])[:, 0], atol=0.2, rtol=0)
@@ -162,8 +162,10 @@ def test_gradients_are_those_of_float32_but_for_rounding(config, device):
         of_policy = ppo.PolicyWithValue(model, precision=in_precision).eval()
         ids = torch.arange(2, 20, device=device).view(2, 9)
         states, _ = of_policy(ids, torch.ones_like(ids), torch.arange(3, 8, device=device))
-        said = policy.compare(of_policy.in_precision(), states, model_of(config, device), states, ids[0, 4:], 0.7)
-        (said.logprobs.sum() + said.kl.sum()).backward()
+        reference, totals = model_of(config, device), torch.zeros(5, device=device)
+        chosen = of_policy.in_precision(), states, reference, states.detach(), totals, ids[0, 4:], 0.7
+        logprobs, kl = policy.logprobs_and_kl(*chosen)
+        (logprobs.sum() + kl.sum()).backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     for name, exact in gradients[0].items():
         low = gradients[1][name]

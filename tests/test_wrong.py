@@ -17,7 +17,8 @@ PATCHED = [
     (policy.PolicyWithValue, "__init__"),
     (policy.PolicyWithValue, "eval"),
     (policy, "position_ids"),
-    (ppo, "compare"),
+    (ppo, "token_statistics"),
+    (ppo, "logprobs_and_kl"),
     (ppo, "whiten"),
     (ppo, "masked_std"),
     (sampler, "position_ids"),
@@ -48,7 +49,7 @@ def states_and_values(model):
 def entropy(temperature):
     model, reference = new_policy().model, new_policy().model
     states = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
-    return ppo.compare(model, states, reference, states, torch.tensor([0]), temperature).entropy
+    return ppo.token_statistics(model, states, reference, states, torch.tensor([0]), temperature).entropy
 
 
 def test_the_right_one_is_the_right_one():
