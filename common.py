@@ -14,6 +14,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -187,6 +188,13 @@ def keep_memory() -> None:
         mallopt(M_MMAP_MAX, 0)  # no memory of its own for what is large, which would go back at once
         mallopt(M_TRIM_THRESHOLD, -1)  # never
         mallopt(M_TOP_PAD, 2**28)
+
+
+def seconds(device: torch.device) -> float:
+    """The clock, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def progress(label: str, unit: str, done: int, total: int) -> tqdm:

@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import itertools
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -175,7 +174,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
             run["labels"] = args.labels * (asks.index(update) + 1) // args.label_rounds
             learn_from_people(args, parts, ask, run, folder)
             normalise()
-        clock = [time.perf_counter()]
+        clock = [common.seconds(device)]
         done, kl_coef = (update - 1) / updates, run["kl_coef"]
         lr = optimization.set_lr(parts.optimizers, args.lr * (1 - done))
         if not args.target_kl:
@@ -183,10 +182,10 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
 
         asked = [query for query in parallel.share(next(batches)) for _ in range(args.answers)]
         rollout = roll_out(args, parts, asked, device)
-        clock.append(time.perf_counter())
+        clock.append(common.seconds(device))
 
         texts, scores, ethics, of_parts = score(args, parts, run, asked, rollout)
-        clock.append(time.perf_counter())
+        clock.append(common.seconds(device))
 
         mask = rollout.response_mask
         rewards, scale = rewards_of(rollout, scores, kl_coef, args)
@@ -203,7 +202,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, saved: dict | None
             kl_weight=kl_coef / scale / ppo.masked_std(advantages, mask).item() if args.kl == "exact" else 0.0,
             **parts.learning,
         )
-        clock.append(time.perf_counter())
+        clock.append(common.seconds(device))
 
         measured = run_folder.measured(rollout, scores, ethics, returns, kl_coef)
         if args.leave_one_out:  # these would be of the other answers' returns, not of a critic

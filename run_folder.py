@@ -152,8 +152,8 @@ def guard(run: dict, rollout: ppo.Rollout, args: argparse.Namespace, bar: tqdm) 
     if run["not_finite"] == TOLERATED:
         what = f"{rollout.not_finite} of the rollout" if rollout.not_finite else "gradient of the loss"
         raise UserError(
-            f"update {update}: the {what} is not finite, {TOLERATED} updates in a row; lower --lr. The policy of the "
-            f"last finite update is in {args.out}.checkpoint"
+            f"update {update}: the {what} is not finite, {TOLERATED} updates in a row; lower --lr and start anew. "
+            f"{args.out}.checkpoint, if there is one, holds the run as it was last saved"
         )
     run["kls"] = [*run["kls"], row["kl"]][-MOVING_AVERAGE:]
     warning = None

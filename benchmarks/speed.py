@@ -150,13 +150,6 @@ def queries_of(case: Case, tokenizer) -> list[str]:
     return (queries * -(-case.batch // len(queries)))[: case.batch]
 
 
-def synchronised(device: torch.device) -> float:
-    """The clock, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def rates(device: torch.device, in_precision: str) -> tuple[float, float]:
     """Floating-point operations and copied bytes a second, the best of several: what a stage is held against."""
     size, dtype = 8192 if device.type == "cuda" else 2048, getattr(torch, in_precision)
@@ -166,9 +159,9 @@ def rates(device: torch.device, in_precision: str) -> tuple[float, float]:
     def best(work) -> float:
         taken = []
         for _ in range(9):
-            start = synchronised(device)
+            start = common.seconds(device)
             work()
-            taken.append(synchronised(device) - start)
+            taken.append(common.seconds(device) - start)
         return min(taken)
 
     return 2 * size**3 / best(lambda: square @ square), 2 * long.nbytes / best(lambda: target.copy_(long))
@@ -220,14 +213,14 @@ def our_update(
     taken, last = {}, []
 
     def timed_sample(*args, **kwargs):
-        start = synchronised(device)
+        start = common.seconds(device)
         responses = sampler.sample(*args, **kwargs)
-        taken["rollout"] = synchronised(device) - start
+        taken["rollout"] = common.seconds(device) - start
         return responses
 
     def one() -> dict[str, float]:
         ppo.sample = timed_sample
-        start = synchronised(device)
+        start = common.seconds(device)
         query_ids, query_mask = data.encode_queries(tokenizer, queries, device)
         rollout = ppo.collect(
             policy,
@@ -243,7 +236,7 @@ def our_update(
         )
         texts = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
         raw = scoring.raw_scores(parts, queries, texts)[:, 0]
-        scored = synchronised(device)
+        scored = common.seconds(device)
         scores, mask = torch.tensor(raw, device=device).float(), rollout.response_mask
         rewards = ppo.token_rewards(scores, ppo.kl_to_come(rollout.exact_kl), mask, 0.2)
         advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, 1.0, 1.0)
@@ -263,7 +256,7 @@ def our_update(
             forward_batch=case.forward_batch,
             generator=generator,
         )
-        end = synchronised(device)
+        end = common.seconds(device)
         last[:] = [rollout]
         return {"rollout": taken["rollout"], "scoring": scored - start - taken["rollout"], "update": end - scored}
 
