@@ -145,7 +145,7 @@ class _LogprobsAndKl(torch.autograd.Function):
     """`logprobs_and_kl` with its gradient; what is kept for it is in the model's precision.
 
     With p = softmax(logits) and d = logits - ref_logits: d logp_i / d logits = onehot_i - p, and
-    d KL / d logits = p * (d - E_p[d]).
+    d KL / d logits = p * (d - E_p[d]), of which the part in brackets is near 0 however far from 0 the logits are.
     """
 
     @staticmethod
@@ -156,22 +156,21 @@ class _LogprobsAndKl(torch.autograd.Function):
             logits, unnormalised, total, logprobs = softmax_pieces(head.logits(states[rows]), ids[rows])
             difference = ref_head.logits(ref_states[rows])
             kl, mean_difference = kl_of(logits, unnormalised, total, difference, ref_log_totals[rows])
-            p = unnormalised.div_(total.unsqueeze(1))
-            kept += [x.bfloat16() if low else x for x in (p, difference)]
-            parts.append((logprobs, kl, mean_difference))
-        logprobs, kl, mean_difference = (torch.cat(part) for part in zip(*parts, strict=True))
+            p, centred = unnormalised.div_(total.unsqueeze(1)), difference.sub_(mean_difference.unsqueeze(1))
+            kept += [x.bfloat16() if low else x for x in (p, centred)]
+            parts.append((logprobs, kl))
         ctx.low = low
-        ctx.save_for_backward(states, weight, ids, mean_difference, *kept)
-        return logprobs, kl
+        ctx.save_for_backward(states, weight, ids, *kept)
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     @staticmethod
     def backward(ctx, of_logprob: Tensor, of_kl: Tensor):
-        states, weight, ids, mean_difference, *kept = ctx.saved_tensors
-        of_states, level = [], (mean_difference * of_kl + of_logprob).unsqueeze(1)
-        gradients = []
-        for rows, p, difference in zip(chunks(len(ids), weight), kept[::2], kept[1::2], strict=True):
-            gradient = (difference * of_kl[rows].unsqueeze(1)).sub_(level[rows]).mul_(p)
-            gradient.scatter_add_(1, ids[rows].unsqueeze(1), of_logprob[rows].unsqueeze(1))
+        states, weight, ids, *kept = ctx.saved_tensors
+        of_states, gradients = [], []
+        for rows, p, centred in zip(chunks(len(ids), weight), kept[::2], kept[1::2], strict=True):
+            for_chosen = of_logprob[rows].unsqueeze(1)
+            gradient = (centred * of_kl[rows].unsqueeze(1)).sub_(for_chosen).mul_(p)
+            gradient.scatter_add_(1, ids[rows].unsqueeze(1), for_chosen)
             of_states.append(product(gradient, weight) if ctx.low else gradient @ weight)
             gradients.append(gradient.to(p.dtype))
         gradient = torch.cat(gradients) if len(gradients) > 1 else gradients[0]

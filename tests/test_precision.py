@@ -154,6 +154,38 @@ def test_logits_far_from_0_keep_their_differences(config, device):
 
 
 @DEVICES
+def test_logits_far_from_0_keep_the_gradient_of_the_kl(device):
+    """With the differences of logits at 100 rounded to bfloat16, hardly anything of it is left."""
+    model, reference = model_of(CONFIGS[0], device), model_of(CONFIGS[0], device)
+    states, ids = torch.randn(40, 64, device=device), torch.zeros(40, dtype=torch.long, device=device)
+    with torch.no_grad():
+        states += 1 - states.mean(1, keepdim=True)
+        for each, scale in ((model, 0.1), (reference, 0.2)):
+            weight = each.get_output_embeddings().weight
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * scale - 100 / 64)
+    found = []
+    for low in (False, True):
+        own = states.clone().requires_grad_()
+        if low:
+            model, reference = (precision.freeze(each, LOW) for each in (model, reference))
+        with torch.no_grad():
+            totals = policy.token_logits(reference, states, 0.7).logsumexp(1)
+        policy.logprobs_and_kl(model, own, reference, states, totals, ids, 0.7)[1].sum().backward()
+        found.append(own.grad)
+    exact = states.double().requires_grad_()
+    logp, ref_logp = (
+        (exact if each is model else exact.detach())
+        .matmul(each.get_output_embeddings().weight.detach().double().T)
+        .div(0.7)
+        .log_softmax(1)
+        for each in (model, reference)
+    )
+    (logp.exp() * (logp - ref_logp)).sum().backward()
+    for gradient, most in zip(found, (0.005, 0.05), strict=True):
+        assert ((gradient - exact.grad).norm() / exact.grad.norm()).item() < most
+
+
+@DEVICES
 @EACH_KIND
 def test_gradients_are_those_of_float32_but_for_rounding(config, device):
     gradients = []
