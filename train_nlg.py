@@ -99,11 +99,19 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
         saved=saved,
     )
 
-    # report
-    judge = scoring.gold_judge(args.gold, texts["valid"], device, args.precision)
-    queries = (queries * -(-args.samples // len(queries)))[: args.samples]
     writer = precision.freeze(copy.deepcopy(model), chosen)
+    judge = scoring.gold_judge(args.gold, texts["valid"], device, args.precision)
     found = {"valid_perplexity": min(row["perplexity"] for row in history)}
+    found |= judge_samples(args, writer, tokenizer, queries, judge)
+    record = {"results": found, "history": history, "settings": vars(args)} | common.provenance(device, chosen)
+    save(args, model, tokenizer, record)
+
+
+def judge_samples(
+    args: argparse.Namespace, writer, tokenizer, queries: list[str], judge: scoring.Judge | None
+) -> dict[str, float | None]:
+    """Shows samples at --temperature and at 1, and returns what the gold judge says of them."""
+    queries, found = (queries * -(-args.samples // len(queries)))[: args.samples], {}
     for temperature in sorted({args.temperature, 1.0}):
         samples = model_io.continuations(
             writer,
@@ -119,9 +127,13 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
         print(f"\nsamples at temperature {temperature:g}")
         for text in samples[:5]:
             print("  " + text)
-    table = pd.Series(found, name="value").to_frame()
+    return found
+
+
+def save(args: argparse.Namespace, model, tokenizer, record: dict) -> None:
+    """The generator with its model card; what was found goes beside it, and to the results."""
+    table = pd.Series(record["results"], name="value").to_frame()
     print("\n" + table.to_string(float_format="%.4f"))
-    record = {"results": found, "history": history, "settings": vars(args)} | common.provenance(device, chosen)
     card = model_io.card("A generator", "text-generation", args.data, record, table)
     model.generation_config = model_io.plain_sampling(
         tokenizer, args.temperature, args.response_length, tokenizer.eos_token_id

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import cases  # noqa: E402
 import speed  # noqa: E402
 
 import common  # noqa: E402
@@ -36,15 +37,15 @@ def seconds(work: Callable) -> float:
 
 def passes() -> dict[str, dict[str, float]]:
     """Seconds of each pass of a minibatch, by precision."""
-    ids = torch.randint(2, speed.SMOLLM2.vocab_size, (ROWS, QUERY + RESPONSE))
+    ids = torch.randint(2, cases.SMOLLM2.vocab_size, (ROWS, QUERY + RESPONSE))
     mask, rows = torch.ones_like(ids), torch.arange(ROWS).unsqueeze(1)
     places = (rows * ids.shape[1] + torch.arange(QUERY - 1, ids.shape[1] - 1)).flatten()
     chosen = ids[:, QUERY:].flatten()
-    taken = {each: {} for each in speed.BOTH}
+    taken = {each: {} for each in cases.BOTH}
     setups = {}
-    for each in speed.BOTH:
+    for each in cases.BOTH:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(speed.SMOLLM2).eval()
+        model = AutoModelForCausalLM.from_config(cases.SMOLLM2).eval()
         setups[each] = models.PolicyWithValue(model, precision=getattr(torch, each))
 
     def one(each: str) -> dict[str, float]:
@@ -68,8 +69,8 @@ def passes() -> dict[str, dict[str, float]]:
         setups[each].zero_grad()
         return found
 
-    rounds = [{each: one(each) for each in speed.BOTH} for _ in range(7)][2:]
-    for each in speed.BOTH:
+    rounds = [{each: one(each) for each in cases.BOTH} for _ in range(7)][2:]
+    for each in cases.BOTH:
         taken[each] = {name: statistics.median(x[each][name] for x in rounds) for name in rounds[0][each]}
     return taken
 
@@ -78,14 +79,14 @@ def sizes() -> dict[str, dict[str, float]]:
     """Millions of weights, and seconds of an update (K = 1) of GPT-2s of some sizes, by precision."""
     found = {}
     for name, size in SIZES.items():
-        config = speed.gpt2_config(*size)
-        case = speed.Case(64, 8, 24, 2, (1,), 64, speed.BOTH, config, config)
+        config = cases.gpt2_config(*size)
+        case = cases.Case(64, 8, 24, 2, (1,), 64, cases.BOTH, config, config)
         with tempfile.TemporaryDirectory() as folder:
-            folders = speed.random_models(case, Path(folder))[:2]
-            updates = {each: speed.our_update(case, 1, *folders, torch.device("cpu"), each) for each in speed.BOTH}
-        rounds = [{each: sum(updates[each][0]().values()) for each in speed.BOTH} for _ in range(8)][2:]
+            folders = cases.random_models(case, Path(folder))[:2]
+            updates = {each: speed.our_update(case, 1, *folders, torch.device("cpu"), each) for each in cases.BOTH}
+        rounds = [{each: sum(updates[each][0]().values()) for each in cases.BOTH} for _ in range(8)][2:]
         weights = sum(x.numel() for x in updates["float32"][2].parameters()) / 1e6
-        found[name] = {"millions": weights} | {each: statistics.median(x[each] for x in rounds) for each in speed.BOTH}
+        found[name] = {"millions": weights} | {each: statistics.median(x[each] for x in rounds) for each in cases.BOTH}
     return found
 
 

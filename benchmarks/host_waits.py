@@ -18,11 +18,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import cases  # noqa: E402
 import pretend  # noqa: E402
-import speed  # noqa: E402
 
 import common  # noqa: E402
-import data  # noqa: E402
 import model_io  # noqa: E402
 import optimization  # noqa: E402
 import ppo  # noqa: E402
@@ -31,89 +30,40 @@ import scoring  # noqa: E402
 
 
 def stages(
-    log: pretend.Log,
-    reference,
-    tokenizer,
-    score: scoring.Score,
-    queries: list[str],
-    length: int,
-    forward_batch: int,
-    minibatches: int,
-    epochs: int = 1,
+    log: pretend.Log, reference, tokenizer, score: scoring.Score, queries: list[str], case: cases.Case, epochs: int = 1
 ) -> dict[str, collections.Counter]:
     """How often every line of the project makes the host wait in a rollout, in scoring it and in an update."""
-    device = reference.device
     policy = ppo.PolicyWithValue(copy.deepcopy(reference), precision=torch.bfloat16).eval()
     precision.freeze(reference, torch.bfloat16)
     optimizers = optimization.make_optimizers(policy, 1e-5, muon=False)
-    query_ids, query_mask = data.encode_queries(tokenizer, queries, device)
     generator = torch.Generator().manual_seed(0)
 
-    def waits(stage: Callable) -> tuple[collections.Counter, object]:
+    def waits(stage: Callable, *arguments) -> tuple[collections.Counter, object]:
         before = log.waits.copy()
-        result, lines = stage(), collections.Counter()
+        result, lines = stage(*arguments), collections.Counter()
         for (_, line), count in (log.waits - before).items():
             lines[line] += count
         return lines, result
 
-    def roll_out() -> ppo.Rollout:
-        return ppo.collect(
-            policy,
-            reference,
-            query_ids,
-            query_mask,
-            length=length,
-            temperature=0.7,
-            stop_id=tokenizer.eos_token_id,
-            minibatches=ppo.shuffled(len(queries), minibatches, generator),
-            forward_batch=forward_batch,
-            generator=generator,
-        )
-
-    def score_texts() -> torch.Tensor:
-        ids = rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
-        scores = score(queries, model_io.whole_texts(tokenizer, *ids))
-        return torch.tensor(scores).float().to(device, non_blocking=True)
-
-    def update() -> dict[str, float]:
-        mask = rollout.response_mask
-        rewards = ppo.token_rewards(scores, ppo.kl_to_come(rollout.exact_kl), mask, 0.1)
-        advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, 1.0, 0.95)
-        return ppo.update(
-            policy,
-            reference,
-            optimizers,
-            rollout,
-            ppo.whiten(advantages, mask),
-            returns,
-            epochs=epochs,
-            clip_range=0.2,
-            value_clip_range=0.2,
-            value_coef=0.1,
-            kl_weight=0.1,
-            temperature=0.7,
-            forward_batch=forward_batch,
-            generator=generator,
-        )
-
-    of_rollout, rollout = waits(roll_out)
-    of_scores, scores = waits(score_texts)
-    of_update, statistics = waits(update)
+    of_rollout, rollout = waits(cases.roll_out, policy, reference, tokenizer, queries, case, generator)
+    of_scores, scores = waits(cases.raw_scores, score, tokenizer, queries, rollout)
+    learning = policy, reference, optimizers, rollout, scores, case, epochs, generator
+    of_update, statistics = waits(cases.learn, *learning)
     assert statistics["skipped"] == 0 and statistics["ratio_deviation_first"] == 0
     return {"rollout": of_rollout, "scoring": of_scores, "update": of_update}
 
 
 def main() -> None:
     torch.manual_seed(0)
-    narrow = speed.gpt2_config(layers=2, width=64, heads=2, vocabulary=50_257)
-    case = speed.Case(512, 64, 24, 1, (4,), 64, policy=narrow, reward=narrow)
+    narrow = cases.gpt2_config(layers=2, width=64, heads=2, vocabulary=50_257)
+    case = cases.Case(512, 64, 24, 1, (4,), 64, policy=narrow, reward=narrow)
     with tempfile.TemporaryDirectory() as folder, pretend.cuda() as log:
-        policy, reward, _ = speed.random_models(case, Path(folder))
+        policy, reward, _ = cases.random_models(case, Path(folder))
         reference, tokenizer = model_io.load_policy(str(policy), "--policy")
         score = scoring.of_model(*scoring.load_model(str(reward)), torch.device("cuda"), "bfloat16")
-        queries = speed.queries_of(case, tokenizer)
+        queries = cases.queries_of(case, tokenizer)
         log.peak = log.live
-        found = stages(log, reference.to("cuda"), tokenizer, score, queries, case.response, 64, 1, epochs=4)
+        found = stages(log, reference.to("cuda"), tokenizer, score, queries, case, epochs=4)
     for stage, lines in found.items():
         print(f"{stage}: {lines.total()} waits\n" + "".join(f"  {n:4} {line}\n" for line, n in lines.most_common()))
     record = {"waits": {stage: lines.total() for stage, lines in found.items()}, "peak_gigabytes": log.peak / 2**30}

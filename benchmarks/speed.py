@@ -9,7 +9,6 @@ with the updates, since a shared machine is faster at one moment than at another
 counted: real tokens, causal attention, and behind the last layer's attention the tokens that are asked for.
 """
 
-import argparse
 import copy
 import multiprocessing
 import statistics
@@ -17,137 +16,23 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import cases  # noqa: E402
+from cases import CASES, Case  # noqa: E402
+
 import common  # noqa: E402
-import data  # noqa: E402
 import model_io  # noqa: E402
 import optimization  # noqa: E402
 import ppo  # noqa: E402
 import precision  # noqa: E402
 import sampler  # noqa: E402
 import scoring  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Case:
-    """The shapes of an update, and the configurations of a random policy and reward model (None: those of models/)."""
-
-    batch: int
-    query: int
-    response: int
-    minibatches: int
-    ppo_epochs: tuple[int, ...]
-    forward_batch: int
-    precisions: tuple[str, ...] = ("float32",)
-    policy: PretrainedConfig | None = None
-    reward: PretrainedConfig | None = None
-    peer_reward: PretrainedConfig | None = None  # where the peer cannot take `reward`
-
-
-def gpt2_config(layers: int, width: int, heads: int, vocabulary: int) -> GPT2Config:
-    return GPT2Config(
-        n_layer=layers,
-        n_embd=width,
-        n_head=heads,
-        vocab_size=vocabulary,
-        n_positions=128,
-        activation_function="gelu_pytorch_tanh",
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-
-
-SMOLLM2 = LlamaConfig(  # SmolLM2-135M
-    num_hidden_layers=30,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    vocab_size=49_152,
-    tie_word_embeddings=True,
-    max_position_embeddings=2048,
-    bos_token_id=0,
-    eos_token_id=0,
-    pad_token_id=1,
-)
-MINILM = BertConfig(  # all-MiniLM-L6
-    num_hidden_layers=6,
-    hidden_size=384,
-    intermediate_size=1536,
-    num_attention_heads=12,
-    vocab_size=30_522,
-    pad_token_id=1,
-)
-PEER_REWARD = LlamaConfig(  # MiniLM's layers for TRL, whose reward model must share the policy's tokenizer
-    num_hidden_layers=6,
-    hidden_size=384,
-    intermediate_size=1536,
-    num_attention_heads=12,
-    vocab_size=49_152,
-    bos_token_id=0,
-    eos_token_id=0,
-    pad_token_id=1,
-)
-FOUR, GPT2 = gpt2_config(4, 256, 4, 4096), gpt2_config(12, 768, 12, 50_257)
-BOTH = ("float32", "bfloat16")
-CASES = {
-    "cpu": {
-        "4 x 256": Case(64, 16, 24, 1, (1, 4), 64, BOTH, FOUR, FOUR),
-        "the project's own": Case(256, 5, 40, 4, (1, 4), 64),
-        "pretrained 135M": Case(128, 8, 20, 4, (1,), 64, BOTH, SMOLLM2, MINILM, PEER_REWARD),
-    },
-    "cuda": {
-        "GPT-2 124M": Case(512, 64, 24, 1, (4,), 512, ("bfloat16",), GPT2, GPT2),
-    },
-}
-TEMPERATURE = 0.7
-
-
-def words_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token for each of the words w2, w3, ...; 0 ends a text and 1 pads it."""
-    ids = {"<end>": 0, "<pad>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="w2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
-
-
-def random_models(case: Case, folder: Path) -> tuple[Path, Path, Path]:
-    """Folders of a random generator, of a random classifier, and of one for the peer."""
-    for name, kind, config in (
-        ("nlg", AutoModelForCausalLM, case.policy),
-        ("cls", AutoModelForSequenceClassification, case.reward),
-        ("peer_cls", AutoModelForSequenceClassification, case.peer_reward or case.reward),
-    ):
-        kind.from_config(config).save_pretrained(folder / name)
-        words_tokenizer(config.vocab_size).save_pretrained(folder / name)
-    return folder / "nlg", folder / "cls", folder / "peer_cls"
-
-
-def queries_of(case: Case, tokenizer) -> list[str]:
-    """At least a batch of queries of `case.query` random words, or of those of the shipped texts."""
-    if case.policy:
-        ids = torch.randint(2, case.policy.vocab_size, (case.batch, case.query)).tolist()
-        return [" ".join(f"w{i}" for i in row) for row in ids]
-    texts = argparse.Namespace(data="data_nlg", data_config=None, data_revision=None, text_column=None)
-    queries, _ = data.split_queries(data.nlg_texts(texts)["valid"], tokenizer, case.query)
-    return (queries * -(-case.batch // len(queries)))[: case.batch]
 
 
 def rates(device: torch.device, in_precision: str) -> tuple[float, float]:
@@ -208,8 +93,8 @@ def our_update(
     optimizers = optimization.make_optimizers(
         policy, 1e-6, muon=case.policy is None
     )  # a learning rate at which ours and the peer sample the same lengths
-    parts = scoring.load([str(reward_folder)], device, in_precision)
-    queries, generator = queries_of(case, tokenizer), torch.Generator().manual_seed(0)
+    (reward,) = scoring.load([str(reward_folder)], device, in_precision)
+    queries, generator = cases.queries_of(case, tokenizer), torch.Generator().manual_seed(0)
     taken, last = {}, []
 
     def timed_sample(*args, **kwargs):
@@ -221,41 +106,10 @@ def our_update(
     def one() -> dict[str, float]:
         ppo.sample = timed_sample
         start = common.seconds(device)
-        query_ids, query_mask = data.encode_queries(tokenizer, queries, device)
-        rollout = ppo.collect(
-            policy,
-            reference,
-            query_ids,
-            query_mask,
-            length=case.response,
-            temperature=TEMPERATURE,
-            stop_id=tokenizer.eos_token_id,
-            minibatches=ppo.shuffled(case.batch, case.minibatches, generator),
-            forward_batch=case.forward_batch,
-            generator=generator,
-        )
-        texts = model_io.whole_texts(tokenizer, query_ids, query_mask, rollout.response_ids, rollout.response_mask)
-        raw = scoring.raw_scores(parts, queries, texts)[:, 0]
+        rollout = cases.roll_out(policy, reference, tokenizer, queries, case, generator)
+        scores = cases.raw_scores(reward.score, tokenizer, queries, rollout)
         scored = common.seconds(device)
-        scores, mask = torch.tensor(raw, device=device).float(), rollout.response_mask
-        rewards = ppo.token_rewards(scores, ppo.kl_to_come(rollout.exact_kl), mask, 0.2)
-        advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, 1.0, 1.0)
-        ppo.update(
-            policy,
-            reference,
-            optimizers,
-            rollout,
-            ppo.whiten(advantages, mask),
-            returns,
-            epochs=epochs,
-            clip_range=0.2,
-            value_clip_range=0.2,
-            value_coef=0.1,
-            kl_weight=0.2,
-            temperature=TEMPERATURE,
-            forward_batch=case.forward_batch,
-            generator=generator,
-        )
+        cases.learn(policy, reference, optimizers, rollout, scores, case, epochs, generator)
         end = common.seconds(device)
         last[:] = [rollout]
         return {"rollout": taken["rollout"], "scoring": scored - start - taken["rollout"], "update": end - scored}
@@ -281,7 +135,7 @@ def peer_seconds(
             self.readings.append(time.perf_counter())
 
     tokenizer = AutoTokenizer.from_pretrained(policy_folder, padding_side="left")
-    asked = tokenizer(queries_of(case, tokenizer), add_special_tokens=False)["input_ids"]
+    asked = tokenizer(cases.queries_of(case, tokenizer), add_special_tokens=False)["input_ids"]
     trainer = peer_quality.trainer(
         AutoModelForCausalLM.from_pretrained(policy_folder),
         peer_quality.reward_with_one_output(str(reward_folder), 0.0, 1.0),
@@ -291,7 +145,7 @@ def peer_seconds(
         output_dir=str(scratch),
         total_episodes=case.batch * (updates + 1),
         response_length=case.response,
-        temperature=TEMPERATURE,
+        temperature=cases.TEMPERATURE,
         num_ppo_epochs=epochs,
         num_mini_batches=case.minibatches,
         learning_rate=1e-6,
@@ -311,7 +165,7 @@ def spread(values: list[float]) -> str:
 def measure(name: str, case: Case, epochs: int, args, device, scratch: Path) -> list[dict]:
     """One case in each of its precisions: prints a table for each, and returns them for the file."""
     own = Path("models/nlg"), Path("models/cls"), Path("models/cls")
-    policy, reward, peer_reward = random_models(case, scratch) if case.policy else own
+    policy, reward, peer_reward = cases.random_models(case, scratch) if case.policy else own
     ours = {each: our_update(case, epochs, policy, reward, device, each) for each in case.precisions}
     alone = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     found, theirs, machines = ({each: [] for each in case.precisions} for _ in range(3))
@@ -400,10 +254,10 @@ def main() -> None:
     common.add_machine_flags(parser)
     args = parser.parse_args()
     device = common.set_up(args)
-    cases = {name: case for name, case in CASES[device.type].items() if not args.only or name in args.only}
+    chosen = {name: case for name, case in CASES[device.type].items() if not args.only or name in args.only}
     records = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, case in cases.items():
+        for name, case in chosen.items():
             for k in case.ppo_epochs:
                 records += measure(name, case, k, args, device, Path(scratch))
     common.write_json(Path(args.out), common.provenance(device) | {"cases": records})

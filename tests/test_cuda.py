@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 
+import cases
 import host_waits
 import numpy as np
 import pandas as pd
@@ -206,9 +207,8 @@ def test_the_host_seldom_waits_for_the_device(chain):
         reference, tokenizer = model_io.load_policy(str(home / "models" / "nlg"), "--policy")
         score = scoring.of_model(*scoring.load_model(str(home / "models" / "cls")), device, "auto")
         queries = ["On Monday my sister", "A man"] * (QUERIES // 2)
-        stages = host_waits.stages(
-            log, reference.to(device), tokenizer, score, queries, LENGTH, FORWARD_BATCH, MINIBATCHES
-        )
+        case = cases.Case(QUERIES, 5, LENGTH, MINIBATCHES, (1,), FORWARD_BATCH)
+        stages = host_waits.stages(log, reference.to(device), tokenizer, score, queries, case)
     of_rollout, of_scores, of_update = stages.values()
     for stage, lines in stages.items():
         print(f"{stage}: {lines.total()} waits\n" + "".join(f"  {n:4} {line}\n" for line, n in lines.most_common()))

@@ -2,6 +2,7 @@
 
 import json
 
+import cases
 import pytest
 import speed
 import torch
@@ -20,13 +21,13 @@ def test_the_operations_of_a_forward_pass_by_hand():
 
 
 def test_the_reward_model_reads_every_word_that_the_policy_writes():
-    tokenizer = speed.words_tokenizer(64)
+    tokenizer = cases.words_tokenizer(64)
     assert tokenizer(tokenizer.decode([5, 60, 7]))["input_ids"] == [5, 60, 7]
 
 
 def test_a_benchmark_from_end_to_end(tmp_path, monkeypatch):
-    case = speed.Case(8, 4, 6, 1, (1, 2), 8, ("float32",), *2 * [speed.gpt2_config(1, 16, 2, 64)])
-    monkeypatch.setitem(speed.CASES, "cpu", {"tiny": case})
+    case = cases.Case(8, 4, 6, 1, (1, 2), 8, ("float32",), *2 * [cases.gpt2_config(1, 16, 2, 64)])
+    monkeypatch.setitem(cases.CASES, "cpu", {"tiny": case})
     monkeypatch.setattr(ppo, "sample", ppo.sample)  # it is timed from then on; this puts it back
     run("speed", "--repeats", "1", "--updates", "1", "--device", "cpu", "--out", tmp_path / "speed.json")
     found = json.loads((tmp_path / "speed.json").read_text())
