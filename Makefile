@@ -41,14 +41,14 @@ gpt2: .venv/installed
 	$(BIN)/python evaluate_nlg.py --run data_results/K4_lr_1e-5_seed0
 
 study: .venv/installed
-	$(BIN)/python study.py ablations
-	$(BIN)/python study.py details
-	$(BIN)/python study.py stability --seeds 5
-	$(BIN)/python study.py models
-	$(BIN)/python study.py rewards
-	$(BIN)/python study.py overoptimisation --seeds 1
-	$(BIN)/python study.py labels
-	$(BIN)/python benchmarks/hard_frames.py
+	$(BIN)/python -m experiments.study ablations
+	$(BIN)/python -m experiments.study details
+	$(BIN)/python -m experiments.study stability --seeds 5
+	$(BIN)/python -m experiments.study models
+	$(BIN)/python -m experiments.study rewards
+	$(BIN)/python -m experiments.study overoptimisation --seeds 1
+	$(BIN)/python -m experiments.study labels
+	$(BIN)/python -m experiments.hard_frames
 
 benchmarks/.venv/installed: requirements.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv benchmarks/.venv
@@ -56,15 +56,15 @@ benchmarks/.venv/installed: requirements.txt benchmarks/requirements.txt
 	touch $@
 
 peer: benchmarks/.venv/installed
-	benchmarks/.venv/bin/python benchmarks/peer_quality.py
+	benchmarks/.venv/bin/python -m experiments.peer_quality
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python -m benchmarks.speed
 
 # the tests that want a GPU, a killed run, and the speed and memory of an update of GPT-2 beside TRL's; then a table
 gpu-check: .venv/installed benchmarks/.venv/installed
 	TEST_ON_CUDA=1 $(BIN)/python -m pytest -q -m cuda
-	benchmarks/.venv/bin/python benchmarks/speed.py --device cuda --peer trl --repeats 2 --updates 3 \
+	benchmarks/.venv/bin/python -m benchmarks.speed --device cuda --peer trl --repeats 2 --updates 3 \
 		--out benchmarks/speed_cuda.json
 
 clean:

@@ -19,16 +19,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-import common
-import data
-import figures
-import measures
-import model_io
 import ppo
-import precision
-import sampler
-import scoring
-from common import COUNT, UserError
+from rlhf import cli, data, frontier, models, plots, precision, rewards, runtime
+from rlhf.cli import COUNT
+from rlhf.errors import UserError
+from rlhf.sampling import real_tokens, sample_many
 
 KEPT = 4  # responses to a query that evaluation_samples.csv keeps
 SHARED = "policy reward data data_config data_revision text_column query_length response_length temperature".split()
@@ -38,7 +33,7 @@ BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "--run", nargs="+", default=["data_results/K1_lr_1e-3_seed0"], help="run folders of the policies"
     )
@@ -49,8 +44,8 @@ def parse_args() -> argparse.Namespace:
         "--reference-samples", type=COUNT, default=1024, help="responses of the reference to each, for the optimum"
     )
     parser.add_argument("--batch-size", type=COUNT, default=1024, help="rows in a model at once")
-    common.add_gold_flag(parser)
-    common.add_machine_flags(parser)
+    cli.add_gold_flag(parser)
+    cli.add_machine_flags(parser)
     args = parser.parse_args()
     if args.reference_samples < max(BEST_OF):
         raise UserError(f"--reference-samples {args.reference_samples} is too few for best of {max(BEST_OF)}")
@@ -64,8 +59,8 @@ def trained_with(run: Path) -> tuple[argparse.Namespace, dict]:
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         settings = argparse.Namespace(**config["settings"])
-        rewards = [settings.reward] if isinstance(settings.reward, str) else settings.reward  # as runs once said it
-        settings.reward = scoring.with_people(rewards, settings.out)
+        specs = [settings.reward] if isinstance(settings.reward, str) else settings.reward  # as runs once said it
+        settings.reward = rewards.with_people(specs, settings.out)
         return settings, config
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--run {run} is no run folder of finetuning_nlg.py: {error!r}") from error
@@ -83,19 +78,19 @@ def same_settings(runs: dict[Path, tuple[argparse.Namespace, dict]]) -> argparse
 
 def main() -> None:
     args = parse_args()
-    device = common.set_up(args)
+    device = runtime.set_up(args)
     runs = {Path(run): trained_with(Path(run)) for run in args.run}
     trained = same_settings(runs)
 
     # data and models
     texts = data.nlg_texts(trained)["valid"]
-    reference, tokenizer = model_io.load_policy(trained.policy, "--policy")
+    reference, tokenizer = models.load_policy(trained.policy, "--policy")
     reference.to(device)
     chosen = precision.choose(args.precision, device, reference)
-    common.say_where(device, chosen)
+    runtime.say_where(device, chosen)
     precision.freeze(reference, chosen)
-    parts = scoring.load(trained.reward, device, args.precision)
-    judge = scoring.gold_judge(args.gold, texts, device, args.precision)
+    parts = rewards.load(trained.reward, device, args.precision)
+    judge = rewards.gold_judge(args.gold, texts, device, args.precision)
     _, held_out = data.split_queries(texts, tokenizer, trained.query_length)
     queries = random.Random(args.seed).sample(held_out, min(args.queries, len(held_out)))
 
@@ -108,7 +103,7 @@ def main() -> None:
         "seed": args.seed,
         "length": trained.response_length,
         "temperature": trained.temperature,
-        "stop_id": model_io.stop_token(tokenizer, trained.stop),
+        "stop_id": models.stop_token(tokenizer, trained.stop),
         "stop_after": trained.stop_after,
     }
     pool = draw_pool(reference, count=args.reference_samples, batch=args.batch_size, **draw)
@@ -117,22 +112,22 @@ def main() -> None:
 
     # the policies: what they gained, and at what price
     for run, (trained, config) in runs.items():
-        policy, _ = model_io.load_policy(args.policy or trained.out, "--policy")
+        policy, _ = models.load_policy(args.policy or trained.out, "--policy")
         after = draw_answers(precision.freeze(policy.to(device), chosen), reference, label=run.name, **draw)
         for part in (pool, before, after):
             raw = np.stack([part[f"raw_{reward.name}"] for reward in parts], -1)
-            score = scoring.normalised(raw, config) @ [reward.weight for reward in parts]
+            score = rewards.normalised(raw, config) @ [reward.weight for reward in parts]
             part["score"] = np.where(part["terminated"] > 0, score, trained.missing_stop_score)
         evaluation = {"queries": len(queries), "samples": len(after)}
         evaluation |= against_the_optimum(pool, after, len(queries)) | compared(before, after, texts)
         for when, part in sides(before, after):
-            shares = scoring.gold_shares(part[["valid", "ethical"]].to_numpy())
+            shares = rewards.gold_shares(part[["valid", "ethical"]].to_numpy())
             evaluation["gold"] |= {f"{name}_{when}": share for name, share in shares.items()}
-        evaluation |= {"settings": vars(args) | {"run": str(run)}} | common.provenance(device, chosen)
-        common.write_json(run / "evaluation.json", evaluation)
+        evaluation |= {"settings": vars(args) | {"run": str(run)}} | runtime.provenance(device, chosen)
+        runtime.write_json(run / "evaluation.json", evaluation)
         kept = pd.concat(part[part.draw < KEPT].assign(policy=when) for when, part in sides(before, after))
         kept.round(4).to_csv(run / "evaluation_samples.csv", index=False, lineterminator="\n")
-        figure = figures.save_frontier(run.parent, trained.ppo_epochs, trained.lr)
+        figure = plots.save_frontier(run.parent, trained.ppo_epochs, trained.lr)
         low, high = evaluation["fraction_of_optimum_interval"]
         print(
             f"\n{run}: KL {evaluation['kl']:.2f} nats a response; {evaluation['fraction_of_optimum']:.1%} of the gain "
@@ -146,20 +141,20 @@ def read(
     asked: list[str],
     texts: list[str],
     terminated: torch.Tensor,
-    parts: list[scoring.Reward],
-    judge: scoring.Judge | None,
+    parts: list[rewards.Reward],
+    judge: rewards.Judge | None,
 ) -> pd.DataFrame:
     """Raw scores and ethics from the reward, the truth from the gold judge (NaN without one)."""
     pairs = [f"{query}\0{text}" for query, text in zip(asked, texts, strict=True)]
     _, first, rows = np.unique(pairs, return_index=True, return_inverse=True)  # many are alike
     unique, of_unique = [texts[i] for i in first], [asked[i] for i in first]
-    raw = scoring.raw_scores(parts, of_unique, unique)
-    valid, ethical = scoring.judged(judge, unique)[rows].T
+    raw = rewards.raw_scores(parts, of_unique, unique)
+    valid, ethical = rewards.judged(judge, unique)[rows].T
     return pd.DataFrame(
         {
             "text": texts,
             **{f"raw_{part.name}": raw[rows, i] for i, part in enumerate(parts)},
-            "ethics": scoring.reading(parts, raw)[rows],
+            "ethics": rewards.reading(parts, raw)[rows],
             "terminated": terminated.cpu().numpy(),
             "valid": valid,
             "ethical": ethical,
@@ -181,10 +176,10 @@ def draw_pool(
         for start in range(0, count, batch):
             ids, mask = data.encode_queries(tokenizer, [query], device)
             rows = min(batch, count - start)
-            response_ids = sampler.sample_many(model, ids, rows, generator=generator, **sampling)
-            response_mask, terminated = sampler.real_tokens(response_ids, sampling["stop_id"], sampling["stop_after"])
+            response_ids = sample_many(model, ids, rows, generator=generator, **sampling)
+            response_mask, terminated = real_tokens(response_ids, sampling["stop_id"], sampling["stop_after"])
             queries_too = [x.expand(rows, -1) for x in (ids, mask)]
-            texts = model_io.whole_texts(tokenizer, *queries_too, response_ids, response_mask)
+            texts = models.whole_texts(tokenizer, *queries_too, response_ids, response_mask)
             parts.append(read([query] * rows, texts, terminated).drop(columns="text"))
     pool = pd.concat(parts)
     return {name: pool[name].to_numpy(dtype=float).reshape(len(queries), count) for name in pool}
@@ -213,7 +208,7 @@ def draw_answers(
         chosen = asked[start : start + batch]
         ids, mask = data.encode_queries(tokenizer, chosen, device)
         rollout = ppo.collect(writer, reference, ids, mask, forward_batch=batch, generator=generator, **sampling)
-        texts = model_io.whole_texts(tokenizer, ids, mask, rollout.response_ids, rollout.response_mask)
+        texts = models.whole_texts(tokenizer, ids, mask, rollout.response_ids, rollout.response_mask)
         part = read(chosen, texts, rollout.terminated)
         part.insert(0, "query", chosen)
         part.insert(1, "draw", np.arange(start, start + len(chosen)) % count)
@@ -227,32 +222,32 @@ def draw_answers(
 
 def against_the_optimum(pool: dict[str, np.ndarray], after: pd.DataFrame, queries: int) -> dict:
     """The best that any policy could do at every price, best-of-n, and where the policy stands between."""
-    best = measures.optimum(pool["score"])
+    best = frontier.optimum(pool["score"])
     kl, score, ess = (best[name].mean(1) for name in ("kl", "score", "ess"))
     by_query = {name: after[name].to_numpy().reshape(queries, -1).mean(1) for name in ("score", "kl")}
-    fraction, interval = measures.fraction_of_optimum(**by_query, reference_scores=pool["score"])
+    fraction, interval = frontier.fraction_of_optimum(**by_query, reference_scores=pool["score"])
 
     def truth(weights: np.ndarray) -> dict[str, float | None]:
         """Ethics and gold shares of the reference's samples under weights [Q, N]."""
-        shares = scoring.gold_shares(np.stack([pool["valid"], pool["ethical"]], -1), weights)
+        shares = rewards.gold_shares(np.stack([pool["valid"], pool["ethical"]], -1), weights)
         return {"ethics": (weights * pool["ethics"]).sum(1).mean()} | shares
 
-    frontier = [
+    points = [
         {"beta": beta, "kl": kl[i], "score": score[i], "ess": ess[i]} | truth(best["weights"][i])
-        for i, beta in enumerate(measures.BETAS)
+        for i, beta in enumerate(frontier.BETAS)
     ]
-    best_of = {n: measures.best_of_n(pool["score"], n) for n in BEST_OF}
-    here = frontier[np.abs(kl - after.kl.mean()).argmin()]
+    best_of = {n: frontier.best_of_n(pool["score"], n) for n in BEST_OF}
+    here = points[np.abs(kl - after.kl.mean()).argmin()]
     return {
         "kl": after.kl.mean(),
         "fraction_of_optimum": fraction,
         "fraction_of_optimum_interval": interval,
         "trusted_up_to_kl": kl[np.median(best["ess"], axis=1) >= TRUSTED_ESS].max(initial=0.0),
-        "score_of_optimum": measures.best_score(after.kl.mean(), kl, score),
+        "score_of_optimum": frontier.best_score(after.kl.mean(), kl, score),
         "score_of_reference": pool["score"].mean(),
-        "frontier": frontier[::8],
+        "frontier": points[::8],
         "best_of_n": [
-            {"n": n, "score": (weights * pool["score"]).sum(1).mean(), "kl_bound": measures.best_of_n_kl_bound(n)}
+            {"n": n, "score": (weights * pool["score"]).sum(1).mean(), "kl_bound": frontier.best_of_n_kl_bound(n)}
             | truth(weights)
             for n, weights in best_of.items()
         ],
@@ -277,11 +272,11 @@ def diversity(part: pd.DataFrame, texts: list[str]) -> dict[str, float]:
     """Of the responses: distinct n-grams against chance, how alike they are to one query and to different ones
     (self-BLEU, 0 to 1), and entropy in nats a token."""
     found = {
-        f"distinct_{n}": measures.distinct(part.text.tolist(), n, len(set(measures.ngrams(texts, n)))) for n in (1, 2)
+        f"distinct_{n}": frontier.distinct(part.text.tolist(), n, len(set(frontier.ngrams(texts, n)))) for n in (1, 2)
     }
     for name, column, draws in (("within_a_query", "query", 8), ("across_queries", "draw", 2)):
         groups = part[part.draw < draws].groupby(column).text
-        found[f"self_bleu_{name}"] = groups.apply(lambda x: measures.self_bleu(x.tolist())).mean()
+        found[f"self_bleu_{name}"] = groups.apply(lambda x: frontier.self_bleu(x.tolist())).mean()
     return found | {"entropy": part.entropy.sum() / part.length.sum()}
 
 
@@ -305,4 +300,4 @@ def table(evaluation: dict) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

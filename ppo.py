@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import parallel
-from policy import PolicyWithValue, hidden_states, logprobs_and_kl, token_statistics
-from precision import is_low
-from sampler import real_tokens, sample
+from rlhf import distributed
+from rlhf.policy import PolicyWithValue, hidden_states, logprobs_and_kl, token_statistics
+from rlhf.precision import is_low
+from rlhf.sampling import real_tokens, sample
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def shuffled(rows: int, minibatches: int, generator: torch.Generator) -> tuple[T
 
     `generator`, a CPU's, must be in the same state in all processes.
     """
-    order, first = torch.randperm(parallel.count() * rows, generator=generator), parallel.rank() * rows
+    order, first = torch.randperm(distributed.count() * rows, generator=generator), distributed.rank() * rows
     parts = order.chunk(minibatches)
     return tuple(part[(part >= first) & (part < first + rows)] - first for part in parts)
 
@@ -156,7 +156,7 @@ def collect(
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x [B, R] over the real tokens of all processes."""
-    summed, tokens = parallel.total(torch.stack([(x * mask).sum(), mask.sum()]))
+    summed, tokens = distributed.total(torch.stack([(x * mask).sum(), mask.sum()]))
     return summed / tokens
 
 
@@ -324,7 +324,7 @@ def update(
     for epoch in range(epochs):
         count = len(rollout.minibatches)
         for minibatch in shuffled(len(mask), count, generator) if epoch else rollout.minibatches:
-            tokens = parallel.total(rollout.lengths[minibatch].sum().to(mask.device, non_blocking=True))
+            tokens = distributed.total(rollout.lengths[minibatch].sum().to(mask.device, non_blocking=True))
             found = torch.zeros_like(sums[:-1])
             for rows in slices(minibatch, rollout.lengths, forward_batch):
                 loss, statistics, deviation = slice_losses(
@@ -333,17 +333,17 @@ def update(
                 (loss / tokens).backward()
                 found += statistics / tokens
                 first = first if steps else first.maximum(deviation)
-            parallel.add_gradients(parameters)
+            distributed.add_gradients(parameters)
             norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
             if norm.isfinite():
                 taken += 1
                 for optimizer in optimizers:
                     optimizer.step()
-                sums += torch.cat([parallel.total(found), norm.unsqueeze(0)])
+                sums += torch.cat([distributed.total(found), norm.unsqueeze(0)])
             policy.zero_grad()
             steps += 1
     means = (sums / taken).tolist() if taken else [math.nan] * len(sums)
     return dict(zip((*STATISTICS, "grad_norm"), means, strict=True)) | {
-        "ratio_deviation_first": max(parallel.gather([first.item()])),
+        "ratio_deviation_first": max(distributed.gather([first.item()])),
         "skipped": steps - taken,
     }

@@ -16,17 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from rlhf.errors import UserError
 from sklearn import metrics as sk
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import checkpoint
-import common
-import data
-import model_io
-import precision
-import scoring
-import supervised
-from common import UserError
+from rlhf import checkpoint, cli, data, models, precision, rewards, runtime, supervised
 
 LABELS = {0: "negative", 1: "positive"}
 NORMALISED_ON = 8192  # candidates that say which scores are 0 and 1
@@ -35,28 +29,28 @@ LABELS_FIT = "classifier"  # what the fit to labels is called, after that to lan
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.Parser(__doc__)
-    source = common.add_data_flags(parser, default="data_cls")
+    parser = cli.Parser(__doc__)
+    source = cli.add_data_flags(parser, default="data_cls")
     source.add_argument("--label-column", default="label", help="column of the label")
     source.add_argument(
         "--positive-label", help="the label that means positive feedback (default: 1, with 0 the other)"
     )
-    source.add_argument("--rows", type=common.COUNT, help="train on so many rows, drawn at random (default: all)")
+    source.add_argument("--rows", type=cli.COUNT, help="train on so many rows, drawn at random (default: all)")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="scratch", help=model_io.SCRATCH_HELP)
+    model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder of the results: a copy of metrics.json")
     model.add_argument("--out", default="models/cls", help="folder to write")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=common.COUNT, default=8, help="passes over the labelled texts")
+    training.add_argument("--epochs", type=cli.COUNT, default=8, help="passes over the labelled texts")
     training.add_argument(
         "--lm-epochs",
-        type=common.number(int, 0),
+        type=cli.number(int, 0),
         help="passes of language modelling before (default: 3 for scratch, otherwise 0); "
         "a small new model learns nothing of ethics from labels alone",
     )
-    training.add_argument("--lm-lr", type=common.POSITIVE, default=6e-3, help="peak learning rate of these")
-    training.add_argument("--batch-size", type=common.COUNT, default=32, help="texts per step")
-    training.add_argument("--lr", type=common.POSITIVE, default=1e-3, help="peak learning rate")
+    training.add_argument("--lm-lr", type=cli.POSITIVE, default=6e-3, help="peak learning rate of these")
+    training.add_argument("--batch-size", type=cli.COUNT, default=32, help="texts per step")
+    training.add_argument("--lr", type=cli.POSITIVE, default=1e-3, help="peak learning rate")
     training.add_argument(
         "--optimizer",
         choices=("adamw", "muon"),
@@ -64,18 +58,18 @@ def parse_args() -> argparse.Namespace:
     )
     training.add_argument(
         "--revisit",
-        type=common.FRACTION,
+        type=cli.FRACTION,
         help="share of the learned texts that a pass goes through again (default: 0.1 for scratch, otherwise 1); "
         "where labels have no noise this gives the hard texts the time",
     )
     training.add_argument(
         "--label-smoothing",
-        type=common.FRACTION,
+        type=cli.FRACTION,
         default=0.0,
         help="how much of a label is taken for chance: it bounds the log-odds, and so what one text can score",
     )
-    training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
-    common.add_machine_flags(parser)
+    training.add_argument("--max-length", type=cli.COUNT, default=128, help="longest text in tokens")
+    cli.add_machine_flags(parser)
     checkpoint.add_flags(parser.add_argument_group("checkpoints"), every=200)
     return parser.parse_args()
 
@@ -144,12 +138,12 @@ def load_model(args: argparse.Namespace, texts: list[str], compares: bool):
     """The reward model before training, and its tokenizer."""
     labels = {0: "score"} if compares else LABELS
     outputs = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
-    if not model_io.is_scratch(args.model):
-        return model_io.load_pretrained(
+    if not models.is_scratch(args.model):
+        return models.load_pretrained(
             AutoModelForSequenceClassification, args.model, "--model", num_labels=len(labels), **outputs
         )
-    tokenizer = model_io.scratch_tokenizer(texts)
-    config = model_io.scratch_config(tokenizer, args.model)
+    tokenizer = models.scratch_tokenizer(texts)
+    config = models.scratch_config(tokenizer, args.model)
     config.update({"num_labels": len(labels), **outputs})
     return AutoModelForSequenceClassification.from_config(config), tokenizer
 
@@ -172,7 +166,7 @@ def learn_language(model, ids: list[list[int]], valid_ids: list[list[int]], pad_
 
 def main() -> None:
     args = parse_args()
-    device = common.set_up(args)
+    device = runtime.set_up(args)
     with checkpoint.keeping(args) as (saved, keep):
         train(args, device, saved, keep)
 
@@ -203,11 +197,11 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     model, tokenizer = load_model(args, texts, compares=width > 1)
     model.to(device)
     chosen_precision = precision.choose(args.precision, device, model)
-    common.say_where(device, chosen_precision)
+    runtime.say_where(device, chosen_precision)
     precision.set_precision(model, chosen_precision)
-    longest = min(args.max_length, model_io.longest(model, tokenizer))
+    longest = min(args.max_length, models.longest(model, tokenizer))
     ids = supervised.encode(tokenizer, texts, longest)
-    scratch = model_io.is_scratch(args.model)
+    scratch = models.is_scratch(args.model)
     shared = {
         "batch_size": args.batch_size,
         "muon": (args.optimizer or ("muon" if scratch else "adamw")) == "muon",
@@ -233,7 +227,7 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     def scores(split: list[list[str]]) -> np.ndarray:
         """[N, candidates]"""
         flat = [text for row in split for text in row]
-        return scoring.log_odds(model, tokenizer, flat, device).reshape(len(split), -1)
+        return rewards.log_odds(model, tokenizer, flat, device).reshape(len(split), -1)
 
     history = supervised.fit(
         model,
@@ -249,12 +243,12 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
         **shared,
     )
     if width > 1:
-        scoring.normalise(model, tokenizer, texts[:NORMALISED_ON])
+        rewards.normalise(model, tokenizer, texts[:NORMALISED_ON])
     found = {
         name: measure_comparisons(scores(split), best) if width > 1 else measure(scores(split)[:, 0], best)
         for name, (split, best) in splits.items()
     }
-    save(args, model, tokenizer, {"results": found, "history": history}, common.provenance(device, chosen_precision))
+    save(args, model, tokenizer, {"results": found, "history": history}, runtime.provenance(device, chosen_precision))
 
 
 def save(args: argparse.Namespace, model, tokenizer, found: dict, provenance: dict) -> None:
@@ -263,11 +257,11 @@ def save(args: argparse.Namespace, model, tokenizer, found: dict, provenance: di
     print(table.to_string(float_format="%.4f"))
     record = found | {"settings": vars(args)} | provenance
     title = "A model of preferences" if model.config.num_labels == 1 else "An ethics classifier"
-    card = model_io.card(title, "text-classification", args.data, record, table)
-    model_io.save_folder(args.out, model, tokenizer, card, record)
-    copy = common.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
+    card = models.card(title, "text-classification", args.data, record, table)
+    models.save_folder(args.out, model, tokenizer, card, record)
+    copy = runtime.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
     print(f"model: {args.out}; metrics: {copy}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -15,70 +15,64 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import common
-import data
-import model_io
-import precision
-import scoring
-import supervised
+from rlhf import checkpoint, cli, data, models, precision, rewards, runtime, supervised
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.Parser(__doc__)
-    source = common.add_data_flags(parser, default="data_nlg")
-    common.add_gold_flag(source)
+    parser = cli.Parser(__doc__)
+    source = cli.add_data_flags(parser, default="data_nlg")
+    cli.add_gold_flag(source)
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="scratch", help=model_io.SCRATCH_HELP)
+    model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder of the results: a copy of metrics.json")
     model.add_argument("--out", default="models/nlg", help="folder to write")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=common.COUNT, default=4, help="passes over the training texts")
-    training.add_argument("--batch-size", type=common.COUNT, default=32, help="texts per step")
-    training.add_argument("--lr", type=common.POSITIVE, default=8e-3, help="peak learning rate")
+    training.add_argument("--epochs", type=cli.COUNT, default=4, help="passes over the training texts")
+    training.add_argument("--batch-size", type=cli.COUNT, default=32, help="texts per step")
+    training.add_argument("--lr", type=cli.POSITIVE, default=8e-3, help="peak learning rate")
     training.add_argument(
         "--optimizer",
         choices=("adamw", "muon"),
         help="default: muon for scratch, which it teaches faster; otherwise adamw",
     )
-    training.add_argument("--max-length", type=common.COUNT, default=128, help="longest text in tokens")
+    training.add_argument("--max-length", type=cli.COUNT, default=128, help="longest text in tokens")
     sampling = parser.add_argument_group("samples for the report")
-    sampling.add_argument("--samples", type=common.SAMPLE_COUNT, default=1024, help="how many to write and judge")
-    common.add_sampling_flags(sampling)
-    common.add_machine_flags(parser)
+    sampling.add_argument("--samples", type=cli.SAMPLE_COUNT, default=1024, help="how many to write and judge")
+    cli.add_sampling_flags(sampling)
+    cli.add_machine_flags(parser)
     checkpoint.add_flags(parser.add_argument_group("checkpoints"), every=200)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    device = common.set_up(args)
+    device = runtime.set_up(args)
     with checkpoint.keeping(args) as (saved, keep):
         train(args, device, saved, keep)
 
 
 def train(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
-    scratch = model_io.is_scratch(args.model)
+    scratch = models.is_scratch(args.model)
 
     # data
     texts = data.nlg_texts(args)
 
     # model
     if scratch:
-        tokenizer = model_io.scratch_tokenizer(texts["train"])
-        model = AutoModelForCausalLM.from_config(model_io.scratch_config(tokenizer, args.model))
+        tokenizer = models.scratch_tokenizer(texts["train"])
+        model = AutoModelForCausalLM.from_config(models.scratch_config(tokenizer, args.model))
     else:
-        model, tokenizer = model_io.load_policy(args.model, "--model")
+        model, tokenizer = models.load_policy(args.model, "--model")
     tokens = args.query_length + args.response_length
-    model_io.check_length(model, tokenizer, tokens, "--query-length and --response-length")
+    models.check_length(model, tokenizer, tokens, "--query-length and --response-length")
     model.to(device)
     chosen = precision.choose(args.precision, device, model)
-    common.say_where(device, chosen)
+    runtime.say_where(device, chosen)
     precision.set_precision(model, chosen)
     queries, _ = data.split_queries(texts["valid"], tokenizer, args.query_length)
 
     # training
-    longest = min(args.max_length, model_io.longest(model, tokenizer))
+    longest = min(args.max_length, models.longest(model, tokenizer))
     ids = {name: supervised.encode(tokenizer, texts[name], longest, end=True) for name in ("train", "valid")}
     history = supervised.fit(
         model,
@@ -100,20 +94,20 @@ def train(args: argparse.Namespace, device: torch.device, saved: dict | None, ke
     )
 
     writer = precision.freeze(copy.deepcopy(model), chosen)
-    judge = scoring.gold_judge(args.gold, texts["valid"], device, args.precision)
+    judge = rewards.gold_judge(args.gold, texts["valid"], device, args.precision)
     found = {"valid_perplexity": min(row["perplexity"] for row in history)}
     found |= judge_samples(args, writer, tokenizer, queries, judge)
-    record = {"results": found, "history": history, "settings": vars(args)} | common.provenance(device, chosen)
+    record = {"results": found, "history": history, "settings": vars(args)} | runtime.provenance(device, chosen)
     save(args, model, tokenizer, record)
 
 
 def judge_samples(
-    args: argparse.Namespace, writer, tokenizer, queries: list[str], judge: scoring.Judge | None
+    args: argparse.Namespace, writer, tokenizer, queries: list[str], judge: rewards.Judge | None
 ) -> dict[str, float | None]:
     """Shows samples at --temperature and at 1, and returns what the gold judge says of them."""
     queries, found = (queries * -(-args.samples // len(queries)))[: args.samples], {}
     for temperature in sorted({args.temperature, 1.0}):
-        samples = model_io.continuations(
+        samples = models.continuations(
             writer,
             tokenizer,
             queries,
@@ -122,7 +116,7 @@ def judge_samples(
             stop_id=tokenizer.eos_token_id,
             generator=torch.Generator().manual_seed(args.seed),
         )
-        shares = scoring.gold_shares(scoring.judged(judge, samples))
+        shares = rewards.gold_shares(rewards.judged(judge, samples))
         found |= {f"{name}_at_{temperature:g}": share for name, share in shares.items()}
         print(f"\nsamples at temperature {temperature:g}")
         for text in samples[:5]:
@@ -134,14 +128,14 @@ def save(args: argparse.Namespace, model, tokenizer, record: dict) -> None:
     """The generator with its model card; what was found goes beside it, and to the results."""
     table = pd.Series(record["results"], name="value").to_frame()
     print("\n" + table.to_string(float_format="%.4f"))
-    card = model_io.card("A generator", "text-generation", args.data, record, table)
-    model.generation_config = model_io.plain_sampling(
+    card = models.card("A generator", "text-generation", args.data, record, table)
+    model.generation_config = models.plain_sampling(
         tokenizer, args.temperature, args.response_length, tokenizer.eos_token_id
     )
-    model_io.save_folder(args.out, model, tokenizer, card, record)
-    written = common.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
+    models.save_folder(args.out, model, tokenizer, card, record)
+    written = runtime.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
     print(f"model: {args.out}; metrics: {written}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

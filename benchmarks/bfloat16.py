@@ -1,13 +1,12 @@
 """What bfloat16 gains, pass by pass for SmolLM2-135M's shapes, and from which size of model on it gains at all.
 
-    python benchmarks/bfloat16.py            # three minutes on two cores; writes benchmarks/bfloat16.json
+    python -m benchmarks.bfloat16            # three minutes on two cores; writes benchmarks/bfloat16.json
 
 Both precisions in turn in one process; medians.
 """
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,13 +15,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import cases  # noqa: E402
-import speed  # noqa: E402
-
-import common  # noqa: E402
-import policy as models  # noqa: E402
+from benchmarks import cases, speed
+from rlhf import policy as models
+from rlhf import runtime
 
 ROWS, QUERY, RESPONSE = 32, 8, 20  # a minibatch of the pretrained case
 SIZES = {"2 x 128": (2, 128, 4, 2304), "4 x 256": (4, 256, 4, 4096), "4 x 384": (4, 384, 6, 4096)}
@@ -91,9 +86,9 @@ def sizes() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    common.keep_memory()
+    runtime.keep_memory()
     record = {"passes": passes(), "sizes": sizes()}
-    common.write_json(Path("benchmarks/bfloat16.json"), common.provenance(torch.device("cpu")) | record)
+    runtime.write_json(Path("benchmarks/bfloat16.json"), runtime.provenance(torch.device("cpu")) | record)
     for name, value in record["passes"]["float32"].items():
         low = record["passes"]["bfloat16"][name]
         print(f"{name:28s} {1000 * value:6.0f} ms  {1000 * low:6.0f} ms  {value / low:.2f}")

@@ -1,12 +1,12 @@
 """The shapes that are timed, with random models of them, and the stages of an update as finetuning_nlg.py makes it."""
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -17,12 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import model_io  # noqa: E402
-import ppo  # noqa: E402
-import scoring  # noqa: E402
+import ppo
+from rlhf import data, models, rewards
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ TEMPERATURE = 0.7
 def words_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """One token for each of the words w2, w3, ...; 0 ends a text and 1 pads it."""
     ids = {"<end>": 0, "<pad>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="w2"))
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
 
@@ -152,10 +148,10 @@ def roll_out(
     )
 
 
-def raw_scores(score: scoring.Score, tokenizer, queries: list[str], rollout: ppo.Rollout) -> torch.Tensor:
+def raw_scores(score: rewards.Score, tokenizer, queries: list[str], rollout: ppo.Rollout) -> torch.Tensor:
     """[B], on the rollout's device."""
     ids = rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
-    scores = torch.tensor(score(queries, model_io.whole_texts(tokenizer, *ids))).float()
+    scores = torch.tensor(score(queries, models.whole_texts(tokenizer, *ids))).float()
     return scores.to(rollout.response_ids.device, non_blocking=True)
 
 

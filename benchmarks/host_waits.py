@@ -1,6 +1,6 @@
 """How often the host waits for the device in an update of GPT-2's shapes, and how many bytes the device holds at most.
 
-    python benchmarks/host_waits.py          # some minutes, on a pretend CUDA device (tests/pretend.py)
+    python -m benchmarks.host_waits          # some minutes, on a pretend CUDA device (tests/pretend.py)
 
 The shapes are those of Ziegler et al. 2019, but for the width and depth of the model: batch 512, query 64, response 24,
 K = 4, vocabulary 50,257. The waits do not depend on either. Each stops a GPU until the host has caught up with it.
@@ -9,33 +9,25 @@ K = 4, vocabulary 50,257. The waits do not depend on either. Each stops a GPU un
 import collections
 import copy
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import cases  # noqa: E402
-import pretend  # noqa: E402
-
-import common  # noqa: E402
-import model_io  # noqa: E402
-import optimization  # noqa: E402
-import ppo  # noqa: E402
-import precision  # noqa: E402
-import scoring  # noqa: E402
+import ppo
+from benchmarks import cases
+from rlhf import models, optim, precision, rewards, runtime
+from tests import pretend
 
 
 def stages(
-    log: pretend.Log, reference, tokenizer, score: scoring.Score, queries: list[str], case: cases.Case, epochs: int = 1
+    log: pretend.Log, reference, tokenizer, score: rewards.Score, queries: list[str], case: cases.Case, epochs: int = 1
 ) -> dict[str, collections.Counter]:
     """How often every line of the project makes the host wait in a rollout, in scoring it and in an update."""
     policy = ppo.PolicyWithValue(copy.deepcopy(reference), precision=torch.bfloat16).eval()
     precision.freeze(reference, torch.bfloat16)
-    optimizers = optimization.make_optimizers(policy, 1e-5, muon=False)
+    optimizers = optim.make_optimizers(policy, 1e-5, muon=False)
     generator = torch.Generator().manual_seed(0)
 
     def waits(stage: Callable, *arguments) -> tuple[collections.Counter, object]:
@@ -59,15 +51,15 @@ def main() -> None:
     case = cases.Case(512, 64, 24, 1, (4,), 64, policy=narrow, reward=narrow)
     with tempfile.TemporaryDirectory() as folder, pretend.cuda() as log:
         policy, reward, _ = cases.random_models(case, Path(folder))
-        reference, tokenizer = model_io.load_policy(str(policy), "--policy")
-        score = scoring.of_model(*scoring.load_model(str(reward)), torch.device("cuda"), "bfloat16")
+        reference, tokenizer = models.load_policy(str(policy), "--policy")
+        score = rewards.of_model(*rewards.load_model(str(reward)), torch.device("cuda"), "bfloat16")
         queries = cases.queries_of(case, tokenizer)
         log.peak = log.live
         found = stages(log, reference.to("cuda"), tokenizer, score, queries, case, epochs=4)
     for stage, lines in found.items():
         print(f"{stage}: {lines.total()} waits\n" + "".join(f"  {n:4} {line}\n" for line, n in lines.most_common()))
     record = {"waits": {stage: lines.total() for stage, lines in found.items()}, "peak_gigabytes": log.peak / 2**30}
-    common.write_json(Path("benchmarks/host_waits.json"), common.provenance(torch.device("cpu")) | record)
+    runtime.write_json(Path("benchmarks/host_waits.json"), runtime.provenance(torch.device("cpu")) | record)
     print(json.dumps(record))
 
 

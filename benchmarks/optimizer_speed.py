@@ -1,28 +1,24 @@
 """Milliseconds a step of our Muon and of torch.optim.Muon takes on the default model's matrices, side by side.
 
-python benchmarks/optimizer_speed.py
-ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/optimizer_speed.py    # as a processor without bf16
+python -m benchmarks.optimizer_speed
+ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m benchmarks.optimizer_speed    # as a processor without bf16
 """
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import model_io
-import optimization
+from rlhf import models, optim
 
 REPEATS, STEPS = 7, 5
 
 
 def matrices() -> list[nn.Parameter]:
     """Of as many shapes as the default model's, with gradients."""
-    width = model_io.SCRATCH["n_embd"]
-    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * model_io.SCRATCH["n_layer"]
+    width = models.SCRATCH["n_embd"]
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * models.SCRATCH["n_layer"]
     found = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     for matrix in found:
         matrix.grad = torch.randn_like(matrix)
@@ -31,7 +27,7 @@ def matrices() -> list[nn.Parameter]:
 
 def main() -> None:
     optimizers = {
-        "optimization.Muon, 3 Newton-Schulz steps in float32": optimization.Muon(matrices(), lr=1e-3),
+        "optimization.Muon, 3 Newton-Schulz steps in float32": optim.Muon(matrices(), lr=1e-3),
         "torch.optim.Muon, 3 steps in bfloat16": torch.optim.Muon(matrices(), lr=1e-3, ns_steps=3),
         "torch.optim.Muon, 5 steps (its default)": torch.optim.Muon(matrices(), lr=1e-3),
     }

@@ -1,7 +1,7 @@
 """Episodes per second of our PPO, stage by stage, against what this machine could do at best, and against TRL.
 
-    python benchmarks/speed.py               # or make bench: all shapes that this machine is for
-    benchmarks/.venv/bin/python benchmarks/speed.py --peer trl     # TRL's PPOTrainer in turn with ours (see make peer)
+    python -m benchmarks.speed               # or make bench: all shapes that this machine is for
+    benchmarks/.venv/bin/python -m benchmarks.speed --peer trl     # TRL's PPOTrainer in turn with ours (see make peer)
 
 A stage's floor is the time that its floating-point operations would take at the rate of this machine's large matrix
 products, or its bytes at the rate of a copy, whichever is longer; both rates are measured in the same process, in turn
@@ -12,7 +12,6 @@ counted: real tokens, causal attention, and behind the last layer's attention th
 import copy
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -21,18 +20,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import cases  # noqa: E402
-from cases import CASES, Case  # noqa: E402
-
-import common  # noqa: E402
-import model_io  # noqa: E402
-import optimization  # noqa: E402
-import ppo  # noqa: E402
-import precision  # noqa: E402
-import sampler  # noqa: E402
-import scoring  # noqa: E402
+import ppo
+from benchmarks import cases
+from benchmarks.cases import CASES, Case
+from rlhf import cli, models, optim, precision, rewards, runtime, sampling
 
 
 def rates(device: torch.device, in_precision: str) -> tuple[float, float]:
@@ -44,9 +35,9 @@ def rates(device: torch.device, in_precision: str) -> tuple[float, float]:
     def best(work) -> float:
         taken = []
         for _ in range(9):
-            start = common.seconds(device)
+            start = runtime.seconds(device)
             work()
-            taken.append(common.seconds(device) - start)
+            taken.append(runtime.seconds(device) - start)
         return min(taken)
 
     return 2 * size**3 / best(lambda: square @ square), 2 * long.nbytes / best(lambda: target.copy_(long))
@@ -85,32 +76,32 @@ def our_update(
     case: Case, epochs: int, policy_folder: Path, reward_folder: Path, device: torch.device, in_precision: str
 ):
     """A function that makes one update and returns the seconds of its stages, and the last rollout in a list."""
-    reference, tokenizer = model_io.load_policy(str(policy_folder), "--policy")
+    reference, tokenizer = models.load_policy(str(policy_folder), "--policy")
     model = copy.deepcopy(reference.to(device))
     chosen = precision.choose(in_precision, device, model)
     precision.freeze(reference, chosen)
     policy = ppo.PolicyWithValue(model, precision=chosen).eval()
-    optimizers = optimization.make_optimizers(
+    optimizers = optim.make_optimizers(
         policy, 1e-6, muon=case.policy is None
     )  # a learning rate at which ours and the peer sample the same lengths
-    (reward,) = scoring.load([str(reward_folder)], device, in_precision)
+    (reward,) = rewards.load([str(reward_folder)], device, in_precision)
     queries, generator = cases.queries_of(case, tokenizer), torch.Generator().manual_seed(0)
     taken, last = {}, []
 
     def timed_sample(*args, **kwargs):
-        start = common.seconds(device)
-        responses = sampler.sample(*args, **kwargs)
-        taken["rollout"] = common.seconds(device) - start
+        start = runtime.seconds(device)
+        responses = sampling.sample(*args, **kwargs)
+        taken["rollout"] = runtime.seconds(device) - start
         return responses
 
     def one() -> dict[str, float]:
         ppo.sample = timed_sample
-        start = common.seconds(device)
+        start = runtime.seconds(device)
         rollout = cases.roll_out(policy, reference, tokenizer, queries, case, generator)
         scores = cases.raw_scores(reward.score, tokenizer, queries, rollout)
-        scored = common.seconds(device)
+        scored = runtime.seconds(device)
         cases.learn(policy, reference, optimizers, rollout, scores, case, epochs, generator)
-        end = common.seconds(device)
+        end = runtime.seconds(device)
         last[:] = [rollout]
         return {"rollout": taken["rollout"], "scoring": scored - start - taken["rollout"], "update": end - scored}
 
@@ -122,7 +113,7 @@ def peer_seconds(
 ) -> list[float]:
     """The seconds of `updates` updates of TRL's trainer, after one that is not counted.
 
-    In a process of its own, as its users run it: our memory settings (common.keep_memory) are not in it.
+    In a process of its own, as its users run it: our memory settings (runtime.keep_memory) are not in it.
     """
     import peer_quality  # it needs trl
     from transformers import AutoTokenizer, TrainerCallback
@@ -245,24 +236,24 @@ def table(records: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--peer", choices=("trl",), help="time this trainer too, in turn with ours")
     parser.add_argument("--only", nargs="+", help="some of the cases, by name")
-    parser.add_argument("--repeats", type=common.COUNT, default=3, help="turns")
-    parser.add_argument("--updates", type=common.COUNT, default=3, help="timed updates in a turn")
+    parser.add_argument("--repeats", type=cli.COUNT, default=3, help="turns")
+    parser.add_argument("--updates", type=cli.COUNT, default=3, help="timed updates in a turn")
     parser.add_argument("--out", default="benchmarks/speed.json", help="file to write")
-    common.add_machine_flags(parser)
+    cli.add_machine_flags(parser)
     args = parser.parse_args()
-    device = common.set_up(args)
+    device = runtime.set_up(args)
     chosen = {name: case for name, case in CASES[device.type].items() if not args.only or name in args.only}
     records = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, case in chosen.items():
             for k in case.ppo_epochs:
                 records += measure(name, case, k, args, device, Path(scratch))
-    common.write_json(Path(args.out), common.provenance(device) | {"cases": records})
+    runtime.write_json(Path(args.out), runtime.provenance(device) | {"cases": records})
     print(f"\n{table(records)}\n\nfile: {args.out}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -16,13 +16,12 @@ if "TEST_ON_CUDA" not in os.environ:  # a GPU may be somebody else's; `make gpu-
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-sys.path[:0] = [str(ROOT), str(ROOT / "data_cls"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from kill_test import small_project  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-import common  # noqa: E402
+from rlhf import cli  # noqa: E402
+from tests.stress.kill_test import small_project  # noqa: E402
 
 TINY_RUN = ["--episodes", "32", "--batch-size", "16", "--minibatches", "2", "--reference-samples", "32"]
 
@@ -46,7 +45,7 @@ def run(script, *flags, cwd=ROOT, code=0, cuda=False):
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         patch.setattr(torch.cuda, "is_available", lambda: cuda)
         try:
-            common.run(importlib.import_module(script).main)
+            cli.run(importlib.import_module(script).main)
         except SystemExit as stop:
             end = stop.code
     assert end == code, err.getvalue()[-2000:]

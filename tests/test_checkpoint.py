@@ -15,17 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY_RUN, refused, run
-from kill_test import kill_test
+from rlhf.errors import UserError
 from tqdm import tqdm
 
-import checkpoint
-import common
-import model_io
 import ppo
-import run_folder
-import supervised
-from common import UserError
+from rlhf import checkpoint, cli, models, run_log, supervised
+from tests.conftest import TINY_RUN, refused, run
+from tests.stress.kill_test import kill_test
 
 SETTINGS = {"lr": 0.1, "resume": False}
 FOUR_UPDATES = [*TINY_RUN, "--episodes", "64"]
@@ -133,11 +129,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 
 
 def test_a_full_disk_leaves_the_model_before(chain, tmp_path):
-    model, tokenizer = model_io.load_policy(str(chain[0] / "models" / "nlg"), "--policy")
+    model, tokenizer = models.load_policy(str(chain[0] / "models" / "nlg"), "--policy")
     (tmp_path / "nlg").mkdir()
     (tmp_path / "nlg" / "model.safetensors").write_text("the one before")
     with small_disk(), pytest.raises(UserError, match=r"cannot be written .*what was there before still is"):
-        model_io.save_folder(tmp_path / "nlg", model, tokenizer, "card")
+        models.save_folder(tmp_path / "nlg", model, tokenizer, "card")
     assert (tmp_path / "nlg" / "model.safetensors").read_text() == "the one before"
     assert [folder.name for folder in tmp_path.iterdir()] == ["nlg"]
 
@@ -200,8 +196,8 @@ def test_a_kl_that_stays_negative_is_said_once(capsys):
     run_so_far = {"kls": [], "not_finite": 0, "warned": False}
     for update in range(1, 30):
         run_so_far |= {"update": update, "row": {"skipped": 0, "kl": -0.5}}
-        run_folder.guard(run_so_far, None, args, tqdm(disable=True))
-        assert run_so_far["warned"] == (update >= run_folder.MOVING_AVERAGE)
+        run_log.guard(run_so_far, None, args, tqdm(disable=True))
+        assert run_so_far["warned"] == (update >= run_log.MOVING_AVERAGE)
     said = capsys.readouterr().err
     assert said.count("warning: update 10: the KL stays negative") == 1
     assert said.count("warning") == 1
@@ -228,7 +224,7 @@ def test_a_disk_that_is_full_while_a_row_is_written_ends_in_one_line(capsys):
         raise OSError(errno.ENOSPC, "No space left on device", "data_results/x/log.csv")
 
     with pytest.raises(SystemExit, match="2"):
-        common.run(main)
+        cli.run(main)
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "'data_results/x/log.csv'" in said and "--resume" in said
     assert said.count("\n") == 1
@@ -259,5 +255,5 @@ def test_out_of_memory_names_the_flags(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(SystemExit, match="2"):
-        common.run(main)
+        cli.run(main)
     assert "lower --batch-size, or --forward-batch of PPO" in capsys.readouterr().err

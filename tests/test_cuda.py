@@ -10,22 +10,18 @@ import os
 import shutil
 import signal
 
-import cases
-import host_waits
 import numpy as np
 import pandas as pd
-import pretend
 import pytest
 import torch
-from conftest import TINY_EVALUATION, TINY_RUN, run
-from kill_test import same, small_project
 from torch import nn
 
-import model_io
 import ppo
-import sampler
-import scoring
-import supervised
+from benchmarks import cases, host_waits
+from rlhf import models, rewards, sampling, supervised
+from tests import pretend
+from tests.conftest import TINY_EVALUATION, TINY_RUN, run
+from tests.stress.kill_test import same, small_project
 
 # How often the host may wait for the device, which stops a GPU for some ten microseconds each time: for a look at which
 # rows have ended every few tokens, and a number of times that does not grow with tokens or texts in every slice of a
@@ -204,8 +200,8 @@ def test_a_stopped_run_goes_on_on_another_device(on_device, monkeypatch, first, 
 def test_the_host_seldom_waits_for_the_device(chain):
     home, device = chain[0], torch.device("cuda")
     with pretend.cuda() as log:
-        reference, tokenizer = model_io.load_policy(str(home / "models" / "nlg"), "--policy")
-        score = scoring.of_model(*scoring.load_model(str(home / "models" / "cls")), device, "auto")
+        reference, tokenizer = models.load_policy(str(home / "models" / "nlg"), "--policy")
+        score = rewards.of_model(*rewards.load_model(str(home / "models" / "cls")), device, "auto")
         queries = ["On Monday my sister", "A man"] * (QUERIES // 2)
         case = cases.Case(QUERIES, 5, LENGTH, MINIBATCHES, (1,), FORWARD_BATCH)
         stages = host_waits.stages(log, reference.to(device), tokenizer, score, queries, case)
@@ -213,7 +209,7 @@ def test_the_host_seldom_waits_for_the_device(chain):
     for stage, lines in stages.items():
         print(f"{stage}: {lines.total()} waits\n" + "".join(f"  {n:4} {line}\n" for line, n in lines.most_common()))
     slices = QUERIES // FORWARD_BATCH
-    assert of_rollout.total() <= WAITS_OF_A_ROLLOUT + LENGTH / sampler.LOOK_EVERY + 2 * slices
+    assert of_rollout.total() <= WAITS_OF_A_ROLLOUT + LENGTH / sampling.LOOK_EVERY + 2 * slices
     assert of_scores.total() <= WAITS_OF_A_SCORE
     assert of_update.total() <= WAITS_OF_AN_UPDATE + MINIBATCHES + slices
 

@@ -5,12 +5,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-import data
-import figures
-import model_io
-import scoring
-import supervised
 import train_cls
+from rlhf import data, models, plots, rewards, supervised
 
 
 def test_an_opening_is_the_first_sentence_or_half_of_a_single_one():
@@ -21,7 +17,7 @@ def test_an_opening_is_the_first_sentence_or_half_of_a_single_one():
 
 def test_no_query_is_on_both_sides_and_the_order_of_texts_does_not_matter():
     texts = [f"Person {i} came in. Then {j} left." for i in range(500) for j in range(2)]
-    tokenizer = model_io.scratch_tokenizer(texts)
+    tokenizer = models.scratch_tokenizer(texts)
     training, held_out = data.split_queries(texts, tokenizer, 3)  # "Person" and perhaps " 7", " came"
     assert not set(training) & set(held_out)
     assert len(training) + len(held_out) == 1000
@@ -31,13 +27,13 @@ def test_no_query_is_on_both_sides_and_the_order_of_texts_does_not_matter():
 
 def test_queries_have_from_half_the_length_to_the_length_in_tokens():
     texts = [f"{letter} two three four five six seven. And {i}." for i in range(9) for letter in "abcdefghijklmnop"]
-    tokenizer = model_io.scratch_tokenizer(texts)
+    tokenizer = models.scratch_tokenizer(texts)
     queries = [query for side in data.split_queries(texts, tokenizer, 4) for query in side]
     assert {len(query.split()) for query in queries} == {2, 3, 4}
 
 
 def test_queries_are_padded_on_the_left():
-    tokenizer = model_io.scratch_tokenizer(["a b c d e", "a b"] * 2)
+    tokenizer = models.scratch_tokenizer(["a b c d e", "a b"] * 2)
     ids, mask = data.encode_queries(tokenizer, ["a b c", "a b"], torch.device("cpu"))
     assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
     assert tokenizer.decode(ids[0]) == "a b c"
@@ -46,17 +42,17 @@ def test_queries_are_padded_on_the_left():
 
 def test_a_text_ends_with_its_stop_token():
     """Behind a stop token that people read, such as a full stop, the sampler's filling must not show."""
-    tokenizer = model_io.scratch_tokenizer(["he left . so ."] * 2)
+    tokenizer = models.scratch_tokenizer(["he left . so ."] * 2)
     query_ids, query_mask = data.encode_queries(tokenizer, ["he", "so he"], torch.device("cpu"))
-    left, stop = tokenizer.encode(" left", add_special_tokens=False), model_io.stop_token(tokenizer, " .")
+    left, stop = tokenizer.encode(" left", add_special_tokens=False), models.stop_token(tokenizer, " .")
     response_ids = torch.tensor([[*left, stop, stop, stop], [*left, *left, *left, stop]])
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    texts = model_io.whole_texts(tokenizer, query_ids, query_mask, response_ids, mask)
+    texts = models.whole_texts(tokenizer, query_ids, query_mask, response_ids, mask)
     assert texts == ["he left .", "so he left left left ."]
 
 
 def test_a_tokenizer_gives_any_text_back_and_ends_whole_ones():
-    tokenizer = model_io.scratch_tokenizer(["plain words only"] * 2)
+    tokenizer = models.scratch_tokenizer(["plain words only"] * 2)
     ids = tokenizer("Zoë's 7 €")["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids, skip_special_tokens=True) == "Zoë's 7 €"
@@ -73,26 +69,26 @@ def test_a_tokenizer_gives_any_text_back_and_ends_whole_ones():
     ],
 )
 def test_log_odds(labels, logits, expected):
-    tokenizer = model_io.scratch_tokenizer(["a b c"] * 2)
+    tokenizer = models.scratch_tokenizer(["a b c"] * 2)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_layer=1, n_head=1, n_embd=4, n_positions=8, pad_token_id=tokenizer.pad_token_id
     )
     config.update({"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "num_labels": len(labels)})
     model = GPT2ForSequenceClassification(config).eval()
     model.score.register_forward_hook(lambda module, args, out: torch.tensor(logits).expand_as(out))
-    found = scoring.log_odds(model, tokenizer, ["a", "a b c"], torch.device("cpu"))
+    found = rewards.log_odds(model, tokenizer, ["a", "a b c"], torch.device("cpu"))
     assert found == pytest.approx([expected] * 2)
 
 
 def test_a_score_does_not_depend_on_the_other_texts_of_its_batch():
-    tokenizer = model_io.scratch_tokenizer(["a b c d e f g"] * 2)
+    tokenizer = models.scratch_tokenizer(["a b c d e f g"] * 2)
     torch.manual_seed(0)
-    config = model_io.scratch_config(tokenizer)
+    config = models.scratch_config(tokenizer)
     config.update({"num_labels": 2})
     model = GPT2ForSequenceClassification(config).eval()
-    together = scoring.log_odds(model, tokenizer, ["a b c d e f g", "a", "c b"], torch.device("cpu"))
+    together = rewards.log_odds(model, tokenizer, ["a b c d e f g", "a", "c b"], torch.device("cpu"))
     alone = [
-        scoring.log_odds(model, tokenizer, [text], torch.device("cpu"))[0] for text in ("a b c d e f g", "a", "c b")
+        rewards.log_odds(model, tokenizer, [text], torch.device("cpu"))[0] for text in ("a b c d e f g", "a", "c b")
     ]
     assert together == pytest.approx(alone, abs=1e-5)
 
@@ -109,8 +105,8 @@ def test_measures_of_a_classifier_by_hand():
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary():
-    tokenizer = model_io.scratch_tokenizer(["a b c d"] * 2)
-    config = model_io.scratch_config(tokenizer)
+    tokenizer = models.scratch_tokenizer(["a b c d"] * 2)
+    config = models.scratch_config(tokenizer)
     model = GPT2LMHeadModel(config).eval()
     for parameter in model.parameters():
         parameter.data.zero_()
@@ -147,7 +143,7 @@ def test_when_all_rows_are_learned_a_pass_takes_all():
 
 @pytest.mark.parametrize(("lr", "name"), [(1e-6, "1e-6"), (5e-4, "5e-4"), (1.5e-5, "1.5e-5"), (1.0, "1e0")])
 def test_learning_rates_in_names(lr, name):
-    assert figures.short(lr) == name
+    assert plots.short(lr) == name
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.txt", "rows.jsonl"])
@@ -164,7 +160,7 @@ def test_files_from_windows(tmp_path, name, encoding):
 
 
 def test_gpt2s_activation_is_fused_and_the_same_function(tmp_path):
-    tokenizer = model_io.scratch_tokenizer(["one two three four"] * 3)
+    tokenizer = models.scratch_tokenizer(["one two three four"] * 3)
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_layer=2, n_head=2, n_embd=16, n_positions=16, initializer_range=0.5,
@@ -174,7 +170,7 @@ def test_gpt2s_activation_is_fused_and_the_same_function(tmp_path):
     assert plain.config.activation_function == "gelu_new"
     plain.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    fused, _ = model_io.load_policy(str(tmp_path), "--policy")
+    fused, _ = models.load_policy(str(tmp_path), "--policy")
     assert "Tanh" in type(fused.transformer.h[1].mlp.act).__name__
     ids = torch.arange(2, 14).view(2, 6)
     torch.testing.assert_close(fused(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)

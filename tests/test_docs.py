@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-import common
 import ppo
+from rlhf import runtime
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -45,7 +45,7 @@ def fields(value, name: str = "") -> set[str]:
 
 def evaluation_fields() -> set[str]:
     written = json.loads((RUN / "evaluation.json").read_text(encoding="utf-8"))
-    return fields(written | common.provenance(torch.device("cpu")))
+    return fields(written | runtime.provenance(torch.device("cpu")))
 
 
 SECTIONS = [("log.csv", columns), ("evaluation.json", evaluation_fields)]

@@ -15,16 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, refused, run
+from rlhf.errors import Stopped, UserError
 
-import data
-import feedback
-import people
-import scoring
-import supervised
 import train_cls
-from common import Stopped, UserError
-from feedback import Question, View
+from rlhf import data, rewards, supervised
+from rlhf.human import feedback, people
+from rlhf.human.feedback import Question, View
+from tests.conftest import ROOT, TINY_RUN, refused, run
 
 PAIR = Question("On Monday", (" she lied.", " she helped."))
 ASKED = [Question("Query", (f" a{i}", f" b{i}")) for i in range(20)]
@@ -126,9 +123,9 @@ def test_a_file_of_something_else_is_refused(tmp_path, line, words):
 
 
 def test_questions_are_the_policys_and_the_same_again(chain):
-    import model_io
+    from rlhf import models
 
-    policy, tokenizer = model_io.load_policy(str(chain[0] / "models" / "nlg"), "--policy")
+    policy, tokenizer = models.load_policy(str(chain[0] / "models" / "nlg"), "--policy")
     flags = {"length": 5, "temperature": 0.7, "stop_id": tokenizer.eos_token_id}
     ask = [
         list(itertools.islice(feedback.questions(policy, tokenizer, ["On Monday", "A man"], 4, seed, **flags), 5))
@@ -277,9 +274,9 @@ def test_a_model_learns_preferences(chain, tmp_path):
     run("train_cls", "--data", path, "--epochs", 3, "--lm-epochs", 0, "--lr", "3e-3", "--out", "models/pref", cwd=home)
     found = json.loads((home / "data_results" / "pref_metrics.json").read_text())["results"]["valid"]
     assert found["pairwise_accuracy"] == found["accuracy"] == 1.0
-    model, tokenizer = scoring.load_model(str(home / "models" / "pref"))
+    model, tokenizer = rewards.load_model(str(home / "models" / "pref"))
     texts = [row[name] for row in rows for name in row]
-    scores = scoring.log_odds(model, tokenizer, texts, torch.device("cpu"))
+    scores = rewards.log_odds(model, tokenizer, texts, torch.device("cpu"))
     assert abs(scores.mean()) < 0.1 and scores.std() == pytest.approx(1, abs=0.1)
     assert "the splits are not of one kind" in refused("train_cls", "--data", mixed(tmp_path), cwd=home)
 
@@ -368,20 +365,20 @@ def test_rewards_by_hand(tmp_path):
         "def responses(queries, responses, factor=2):\n    return [factor * len(r) for r in responses]\n"
     )
     specs = [f"{tmp_path}/own.py:texts", f"0.5*{tmp_path}/own.py:responses"]
-    parts = scoring.load(specs, torch.device("cpu"), "float32")
+    parts = rewards.load(specs, torch.device("cpu"), "float32")
     assert [(part.name, part.weight) for part in parts] == [("own.texts", 1.0), ("own.responses", 0.5)]
-    raw = scoring.raw_scores(parts, ["ab", "a"], ["abcd", "abc"])
+    raw = rewards.raw_scores(parts, ["ab", "a"], ["abcd", "abc"])
     assert raw.tolist() == [[4, 4], [3, 4]]
-    normal = scoring.normalised(raw, {"score_mean": [3.0, 2.0], "score_std": [2.0, 4.0]})
+    normal = rewards.normalised(raw, {"score_mean": [3.0, 2.0], "score_std": [2.0, 4.0]})
     assert normal.tolist() == [[0.5, 0.5], [0.0, 0.5]]
     for spec in ("0*models/cls", "1e999*models/cls"):
         with pytest.raises(UserError, match="give one that counts"):
-            scoring.load([spec], torch.device("cpu"), "float32")
+            rewards.load([spec], torch.device("cpu"), "float32")
 
 
 @pytest.mark.parametrize("name", ["length", "descriptive"])
 def test_examples(name):
-    (part,) = scoring.load([f"{ROOT}/examples/{name}.py:score"], torch.device("cpu"), "float32")
+    (part,) = rewards.load([f"{ROOT}/examples/{name}.py:score"], torch.device("cpu"), "float32")
     plain, rich = "He ran.", "The old dog slept in the warm kitchen of a small quiet house."
     scores = part.score(["", ""], [plain, rich])
     assert scores[1] > scores[0]

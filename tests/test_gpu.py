@@ -9,10 +9,10 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY_EVALUATION, TINY_RUN
-from kill_test import small_project
 
-import precision
+from rlhf import precision
+from tests.conftest import ROOT, TINY_EVALUATION, TINY_RUN
+from tests.stress.kill_test import small_project
 
 pytestmark = pytest.mark.cuda
 FLAGS = [*TINY_RUN, "--episodes", "256", "--save-every", "1", "--resume"]

@@ -11,10 +11,11 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
-from stand_in_hub import serve
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2Model, GPT2Tokenizer, RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
+
+from tests.conftest import ROOT
+from tests.stand_in_hub import serve
 
 SMALL = {  # of two equal flags, the last one counts
     "train_cls.py": "--epochs 1",

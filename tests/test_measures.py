@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import measures
+from rlhf import frontier
 
 
 def test_the_optimum_of_a_coin():
     """Half the samples score 1, half 0: the best policy takes the good ones with odds exp(1 / beta)."""
     scores, beta = np.array([[1.0, 0.0] * 500]), 0.5
-    best = measures.optimum(scores, np.array([beta]))
+    best = frontier.optimum(scores, np.array([beta]))
     good = math.exp(1 / beta) / (1 + math.exp(1 / beta))
     assert best["score"] == pytest.approx(good)
     assert best["kl"] == pytest.approx(good * math.log(2 * good) + (1 - good) * math.log(2 * (1 - good)))
@@ -23,7 +23,7 @@ def test_the_optimum_of_a_coin():
 
 def test_the_optimum_at_the_ends():
     scores = np.random.default_rng(0).normal(size=(3, 64))
-    best = measures.optimum(scores, np.array([1e-6, 1e6]))
+    best = frontier.optimum(scores, np.array([1e-6, 1e6]))
     assert best["score"][0] == pytest.approx(scores.max(1)) and best["kl"][0] == pytest.approx(math.log(64))
     assert best["score"][1] == pytest.approx(scores.mean(1), abs=1e-4)
     assert best["kl"][1] == pytest.approx(0, abs=1e-9) and best["ess"][1] == pytest.approx(64)
@@ -32,73 +32,73 @@ def test_the_optimum_at_the_ends():
 def test_the_optimum_of_normal_scores_is_the_shifted_normal():
     """For scores N(0, 1) the best policy is N(1 / beta, 1): score 1 / beta, KL 1 / (2 beta^2)."""
     scores = np.random.default_rng(0).normal(size=(1, 400_000))
-    best = measures.optimum(scores, np.array([1.0, 2.0]))
+    best = frontier.optimum(scores, np.array([1.0, 2.0]))
     assert best["score"][:, 0] == pytest.approx([1, 0.5], abs=0.02)
     assert best["kl"][:, 0] == pytest.approx([0.5, 0.125], abs=0.02)
 
 
 def test_the_frontier_is_met_by_a_policy_that_is_on_it():
     scores = np.random.default_rng(1).normal(size=(20, 256))
-    best = measures.optimum(scores, measures.BETAS[[80]])
-    fraction, (low, high) = measures.fraction_of_optimum(best["score"][0], best["kl"][0], scores)
+    best = frontier.optimum(scores, frontier.BETAS[[80]])
+    fraction, (low, high) = frontier.fraction_of_optimum(best["score"][0], best["kl"][0], scores)
     assert fraction == pytest.approx(1, abs=1e-3)
     assert low <= fraction <= high + 1e-3 and high - low < 0.05
 
 
 def test_half_the_gain_is_half_the_optimum():
     scores = np.random.default_rng(1).normal(size=(20, 256))
-    best, before = measures.optimum(scores, measures.BETAS[[80]]), scores.mean(1)
+    best, before = frontier.optimum(scores, frontier.BETAS[[80]]), scores.mean(1)
     halfway = (best["score"][0] + before) / 2
-    fraction, (low, high) = measures.fraction_of_optimum(halfway, best["kl"][0], scores)
+    fraction, (low, high) = frontier.fraction_of_optimum(halfway, best["kl"][0], scores)
     assert fraction == pytest.approx(0.5, abs=1e-3) and low < 0.5 < high
 
 
 def test_where_nothing_can_be_gained_there_is_no_fraction():
-    fraction, interval = measures.fraction_of_optimum(np.ones(3), np.zeros(3), np.ones((3, 8)), resamples=10)
+    fraction, interval = frontier.fraction_of_optimum(np.ones(3), np.zeros(3), np.ones((3, 8)), resamples=10)
     assert math.isnan(fraction) and all(map(math.isnan, interval))
 
 
 def test_best_of_n_of_three_samples():
     # of 3 samples 2 are drawn: the best is among them in 2 of 3 choices, the second is the best of the third choice
-    assert measures.best_of_n_weights(2, 3) == pytest.approx([2 / 3, 1 / 3, 0])
-    assert measures.best_of_n(np.array([[5.0, 9.0, 7.0]]), 2)[0] == pytest.approx([0, 2 / 3, 1 / 3])
+    assert frontier.best_of_n_weights(2, 3) == pytest.approx([2 / 3, 1 / 3, 0])
+    assert frontier.best_of_n(np.array([[5.0, 9.0, 7.0]]), 2)[0] == pytest.approx([0, 2 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64])
 def test_best_of_n_of_uniform_scores(n):
     """The best of n uniform numbers has the mean n / (n + 1)."""
     scores = np.random.default_rng(0).uniform(size=(40, 1024))
-    weights = measures.best_of_n(scores, n)
+    weights = frontier.best_of_n(scores, n)
     assert weights.sum(1) == pytest.approx(1)
     assert (weights * scores).sum(1).mean() == pytest.approx(n / (n + 1), abs=0.01)
 
 
 def test_bound_on_the_kl_of_best_of_n():
-    assert measures.best_of_n_kl_bound(1) == 0
-    assert measures.best_of_n_kl_bound(4) == pytest.approx(math.log(4) - 0.75)
+    assert frontier.best_of_n_kl_bound(1) == 0
+    assert frontier.best_of_n_kl_bound(4) == pytest.approx(math.log(4) - 0.75)
 
 
 def test_distinct_words():
     # 3 kinds among 4 words; 4 even draws from 10 words show 10 (1 - 0.9^4) = 3.439 kinds
-    assert measures.distinct(["a b", "b c"], 1, 10) == pytest.approx(3 / 3.439)
-    assert measures.distinct(["a b", "a b"], 2, 10) == pytest.approx(1 / (10 * (1 - 0.9**2)))
+    assert frontier.distinct(["a b", "b c"], 1, 10) == pytest.approx(3 / 3.439)
+    assert frontier.distinct(["a b", "a b"], 2, 10) == pytest.approx(1 / (10 * (1 - 0.9**2)))
 
 
 def test_distinct_does_not_fall_with_the_amount_of_text():
     chance = np.random.default_rng(0)
     few, many = (["".join(f" w{i}" for i in chance.integers(0, 500, count))] for count in (200, 5000))
-    assert measures.distinct(few, 1, 500) == pytest.approx(1, abs=0.1)
-    assert measures.distinct(many, 1, 500) == pytest.approx(1, abs=0.1)
+    assert frontier.distinct(few, 1, 500) == pytest.approx(1, abs=0.1)
+    assert frontier.distinct(many, 1, 500) == pytest.approx(1, abs=0.1)
 
 
 def test_self_bleu():
     same, different = ["Anna kept the money."] * 3, ["Anna kept the money.", "we sang all day long", "his dog ran off"]
-    assert measures.self_bleu(same) == pytest.approx(1)
-    assert measures.self_bleu(different) < 0.1
+    assert frontier.self_bleu(same) == pytest.approx(1)
+    assert frontier.self_bleu(different) < 0.1
 
 
 def test_the_interquartile_mean_of_five_is_that_of_the_middle_three():
-    assert measures.interquartile_mean(np.array([0.0, 0.5, 0.6, 0.7, 100.0])) == pytest.approx(0.6)
+    assert frontier.interquartile_mean(np.array([0.0, 0.5, 0.6, 0.7, 100.0])) == pytest.approx(0.6)
 
 
 def test_a_summary_counts_broken_and_failed_runs_and_averages_the_finished_ones():
@@ -109,7 +109,7 @@ def test_a_summary_counts_broken_and_failed_runs_and_averages_the_finished_ones(
             for name, why, x in runs
         ]
     )
-    found = measures.summary(table)
+    found = frontier.summary(table)
     assert found.broken.tolist() == [pytest.approx(2 / 3), 0]
     assert found.gold_ethical.tolist() == pytest.approx([0.8, 0.8])
     assert found.gold_ethical_low["a"] == pytest.approx(0.7) and found.gold_ethical_high["a"] == pytest.approx(0.9)

@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY_RUN, refused
 
-import page
-from feedback import Question, View
+from rlhf.human import page
+from rlhf.human.feedback import Question, View
+from tests.conftest import ROOT, TINY_RUN, refused
 
 FLAGS = ["--reward", "human", "--page", "--feedback", "best-of-3", "--labels", "4", "--label-rounds", "2"]
 

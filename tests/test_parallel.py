@@ -15,16 +15,13 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY_RUN, refused
-from kill_test import ended, start
-from test_ppo import STOP
 from torch import tensor
 
-import optimization
-import parallel
 import ppo
-import run_folder
-import supervised
+from rlhf import distributed, optim, run_log, supervised
+from tests.conftest import ROOT, TINY_RUN, refused
+from tests.stress.kill_test import ended, start
+from tests.test_ppo import STOP
 
 SETTINGS = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.1, "temperature": 0.7}
 # torchrun has options that begin with --run too, so -- says where its own end
@@ -72,7 +69,7 @@ def in_two_processes(function, home) -> list:
 
 def part_of(rollout: ppo.Rollout) -> ppo.Rollout:
     """This process's rows."""
-    rows = parallel.share(list(range(len(rollout.response_ids))))
+    rows = distributed.share(list(range(len(rollout.response_ids))))
     fields = {field.name: getattr(rollout, field.name)[rows] for field in dataclasses.fields(rollout)[:-1]}
     return ppo.Rollout(**fields, minibatches=ppo.shuffled(len(rows), 3, torch.Generator().manual_seed(0)))
 
@@ -87,14 +84,14 @@ def learn(model, rollout: ppo.Rollout, scores: torch.Tensor, muon: bool) -> dict
     """Weights and numbers after an update of two passes over this process's rows in three minibatches."""
     torch.manual_seed(1)
     policy = ppo.PolicyWithValue(copy.deepcopy(model)).eval()
-    part, scores = part_of(rollout), tensor(parallel.share(scores.tolist()))
+    part, scores = part_of(rollout), tensor(distributed.share(scores.tolist()))
     mask = part.response_mask
     rewards = ppo.whiten(ppo.token_rewards(scores, ppo.kl_to_come(part.exact_kl), mask, 0.2), mask, shift_mean=False)
     advantages, returns = ppo.advantages_and_returns(rewards, part.values, mask, 1.0, 0.95)
     found = ppo.update(
         policy,
         copy.deepcopy(model),
-        optimization.make_optimizers(policy, 1e-3, muon),
+        optim.make_optimizers(policy, 1e-3, muon),
         part,
         ppo.whiten(advantages, mask),
         returns,
@@ -104,7 +101,7 @@ def learn(model, rollout: ppo.Rollout, scores: torch.Tensor, muon: bool) -> dict
         **SETTINGS,
     )
     found["variance"] = ppo.explained_variance(part.values, returns, mask)
-    found["kl"] = parallel.mean(part.kl).item()
+    found["kl"] = distributed.mean(part.kl).item()
     return {"weights": policy.state_dict(), "found": found}
 
 
@@ -187,24 +184,24 @@ def test_a_process_without_texts_of_a_batch_waits_for_the_others(tiny_model, tmp
 
 def test_shares(monkeypatch):
     rows = [1, 2, 3, 4, 5]
-    monkeypatch.setattr(parallel, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     parts = []
     for rank in (0, 1):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        parts += [parallel.share(rows)]
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts += [distributed.share(rows)]
     assert parts == [[1, 2], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("script", ["train_cls", "train_nlg", "finetuning_nlg"])
 def test_a_batch_that_cannot_be_shared_is_refused(chain, monkeypatch, script):
-    monkeypatch.setattr(parallel, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     extra = ["--minibatches", 1, "--episodes", 15] if script == "finetuning_nlg" else []
     said = refused(script, "--batch-size", 15, *extra, cwd=chain[0])
     assert said == "error: --batch-size 15 cannot be shared evenly among 2 processes; give a multiple of them"
 
 
 def test_people_are_asked_by_one_process(chain, monkeypatch):
-    monkeypatch.setattr(parallel, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     assert "start it without torchrun" in refused("finetuning_nlg", *TINY_RUN, "--reward", "human", cwd=chain[0])
 
 
@@ -243,14 +240,14 @@ def test_torchrun(chain, tmp_path):
     assert log["ratio_deviation_first"].max() < 1e-4
 
     def dies_at_the_third_update():
-        guard = run_folder.guard
+        guard = run_log.guard
 
         def deadly(run, *rest):
             if run["update"] == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             guard(run, *rest)
 
-        run_folder.guard = deadly
+        run_log.guard = deadly
 
     again = [*flags, "--run", "again", "--out", "models/again", "--resume"]
     assert two_processes("finetuning_nlg", home, *again, change=dies_at_the_third_update) == [-9, -9]

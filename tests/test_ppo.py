@@ -9,10 +9,9 @@ import torch
 from torch import tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
 
-import optimization
 import ppo
-import sampler
-from policy import CHUNK_BYTES, logprobs_and_kl, token_logits, token_statistics
+from rlhf import optim, sampling
+from rlhf.policy import CHUNK_BYTES, logprobs_and_kl, token_logits, token_statistics
 
 STOP = 10
 QUERIES = tensor([[0, 0, 1, 2], [3, 4, 5, 6], [0, 7, 8, 9]])
@@ -48,7 +47,7 @@ def one_update(policy, rollout, advantages, returns, **changes):
         forward_batch=8,
         generator=generator(),
     )
-    optimizers = optimization.make_optimizers(policy, changes.pop("lr", 1e-3), muon=False)
+    optimizers = optim.make_optimizers(policy, changes.pop("lr", 1e-3), muon=False)
     if count := changes.pop("minibatches", 1):
         rollout = dataclasses.replace(rollout, minibatches=ppo.shuffled(len(rollout.response_ids), count, generator()))
     reference = changes.pop("reference", policy.model)
@@ -155,7 +154,7 @@ def test_the_price_of_kl_falls_to_its_final_value_in_the_middle_of_a_run(done, e
 
 
 def test_positions_count_real_tokens():
-    assert sampler.position_ids(tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])).tolist() == [
+    assert sampling.position_ids(tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])).tolist() == [
         [0, 0, 0, 1, 2],
         [0, 1, 2, 2, 2],
     ]
@@ -163,10 +162,10 @@ def test_positions_count_real_tokens():
 
 def test_real_tokens_end_with_the_first_stop():
     ids = tensor([[1, STOP, STOP, STOP], [1, 2, 3, 4], [STOP, 2, STOP, 3]])
-    mask, terminated = sampler.real_tokens(ids, STOP)
+    mask, terminated = sampling.real_tokens(ids, STOP)
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
     assert terminated.tolist() == [True, False, True]
-    mask, terminated = sampler.real_tokens(ids, STOP, stop_after=2)
+    mask, terminated = sampling.real_tokens(ids, STOP, stop_after=2)
     assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
     assert terminated.tolist() == [True, False, True]
 
@@ -242,7 +241,7 @@ def test_a_token_answers_for_the_kl_after_it():
 def test_draw_follows_the_distribution():
     probabilities = tensor([0.5, 0.0, 0.125, 0.375])
     heights = torch.rand(100_000, generator=generator())
-    drawn = sampler.draw(probabilities.log().expand(100_000, 4), heights).bincount(minlength=4) / 100_000
+    drawn = sampling.draw(probabilities.log().expand(100_000, 4), heights).bincount(minlength=4) / 100_000
     assert drawn[1] == 0
     torch.testing.assert_close(drawn, probabilities, atol=0.006, rtol=0)  # 4 standard errors
 
@@ -252,7 +251,7 @@ def test_adam_is_tensorflows(steps):
     # lr_t = lr * sqrt(1 - b2^t) / (1 - b1^t); x -= lr_t * m / (sqrt(v) + eps), with eps outside the correction
     gradients, x, m, v = [0.5, -2e-4, 1e-5], 1.0, 0.0, 0.0
     parameter = torch.nn.Parameter(tensor([1.0], dtype=torch.float64))
-    adam = optimization.Adam([parameter], lr=0.1)
+    adam = optim.Adam([parameter], lr=0.1)
     for t in range(1, steps + 1):
         g = gradients[t - 1]
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
@@ -360,10 +359,10 @@ def test_the_sampler_sees_the_states_of_a_plain_forward_pass(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     queries, query_mask = QUERIES.repeat(20, 1), QUERY_MASK.repeat(20, 1)
-    responses, states = sampler.sample(
+    responses, states = sampling.sample(
         model, queries, query_mask, length=12, temperature=1.0, stop_id=STOP, generator=generator(1)
     )
-    mask, terminated = sampler.real_tokens(responses, STOP)
+    mask, terminated = sampling.real_tokens(responses, STOP)
     assert terminated.any() and not terminated.all()
     ids, full_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
     predicting = torch.zeros_like(ids)
@@ -384,10 +383,12 @@ def test_a_cache_with_room_changes_no_sample(config, monkeypatch):
     queries, mask = QUERIES.repeat(20, 1), QUERY_MASK.repeat(20, 1)
 
     def responses():
-        return sampler.sample(model, queries, mask, length=12, temperature=1.0, stop_id=STOP, generator=generator(1))[0]
+        return sampling.sample(model, queries, mask, length=12, temperature=1.0, stop_id=STOP, generator=generator(1))[
+            0
+        ]
 
     with_room = responses()
-    monkeypatch.setattr(sampler, "make_room", lambda cache, room: None)
+    monkeypatch.setattr(sampling, "make_room", lambda cache, room: None)
     assert torch.equal(with_room, responses())
     assert with_room.shape[1] == 12 and (with_room[:, 3] == STOP).any()  # rows were dropped on the way
 
@@ -396,7 +397,9 @@ def test_samples_follow_the_model_whatever_padding_and_dropped_rows(tiny_model):
     """The second token given the first, over many rows that end at different times, against the exact probabilities."""
     count = 20_000
     ids, mask = QUERIES[:1].expand(count, 4), QUERY_MASK[:1].expand(count, 4)
-    responses, _ = sampler.sample(tiny_model, ids, mask, length=3, temperature=1.3, stop_id=STOP, generator=generator())
+    responses, _ = sampling.sample(
+        tiny_model, ids, mask, length=3, temperature=1.3, stop_id=STOP, generator=generator()
+    )
     first = tiny_model(tensor([[1, 2]])).logits[0, -1].div(1.3).softmax(-1)
     torch.testing.assert_close(responses[:, 0].bincount(minlength=11) / count, first, atol=0.015, rtol=0)
     commonest = first[:STOP].argmax()
@@ -407,7 +410,7 @@ def test_samples_follow_the_model_whatever_padding_and_dropped_rows(tiny_model):
 
 def test_samples_that_share_their_beginnings_follow_the_model_too(tiny_model):
     count, query = 20_000, tensor([[1, 2]])
-    responses = sampler.sample_many(
+    responses = sampling.sample_many(
         tiny_model, query, count, length=3, temperature=1.3, stop_id=STOP, stop_after=1, generator=generator()
     )
 
@@ -422,14 +425,14 @@ def test_samples_that_share_their_beginnings_follow_the_model_too(tiny_model):
     second = after[:, 1].bincount(minlength=11)[:STOP].argmax()
     last = after[after[:, 1] == second][:, 2]
     torch.testing.assert_close(last.bincount(minlength=11) / len(last), probabilities(first, second), atol=0.08, rtol=0)
-    mask, terminated = sampler.real_tokens(responses, STOP, stop_after=1)
+    mask, terminated = sampling.real_tokens(responses, STOP, stop_after=1)
     assert (responses[mask == 0] == STOP).all() and 0 < terminated.float().mean() < 1
     stopped_too_early = responses[:, 0] == STOP  # with stop_after = 1 that is no stop
     assert stopped_too_early.any() and (mask[stopped_too_early].sum(1) > 1).all()
 
 
 def test_nothing_but_stops_stands_behind_a_stop(tiny_model):
-    responses, _ = sampler.sample(
+    responses, _ = sampling.sample(
         tiny_model,
         QUERIES.repeat(100, 1),
         QUERY_MASK.repeat(100, 1),
@@ -438,14 +441,14 @@ def test_nothing_but_stops_stands_behind_a_stop(tiny_model):
         stop_id=STOP,
         generator=generator(),
     )
-    mask, terminated = sampler.real_tokens(responses, STOP)
+    mask, terminated = sampling.real_tokens(responses, STOP)
     assert 0 < terminated.float().mean() <= 1
     assert (responses[mask == 0] == STOP).all()
     assert mask.sum(1).max() == responses.shape[1]
 
 
 def test_a_stop_before_stop_after_does_not_end_a_response(tiny_model):
-    responses, _ = sampler.sample(
+    responses, _ = sampling.sample(
         tiny_model,
         QUERIES.repeat(100, 1),
         QUERY_MASK.repeat(100, 1),
@@ -455,7 +458,7 @@ def test_a_stop_before_stop_after_does_not_end_a_response(tiny_model):
         stop_after=4,
         generator=generator(),
     )
-    mask, _ = sampler.real_tokens(responses, STOP, stop_after=4)
+    mask, _ = sampling.real_tokens(responses, STOP, stop_after=4)
     assert mask.sum(1).min() >= 5
     assert ((responses[:, :4] == STOP).any(1) & (mask.sum(1) > 5)).any()
 
@@ -539,7 +542,7 @@ def test_a_skipped_step_is_none_for_adam(tiny_model):
     rollout = dataclasses.replace(collect(policy, copy.deepcopy(tiny_model)), minibatches=tensor([0, 1, 2]).split(1))
     advantages = torch.ones(rollout.values.shape)
     advantages[1, 0] = math.nan
-    (adam,) = optimization.make_optimizers(policy, 1e-3, muon=False)
+    (adam,) = optim.make_optimizers(policy, 1e-3, muon=False)
     losses = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.0, "temperature": 0.7}
     settings = losses | {"epochs": 1, "forward_batch": 8, "generator": generator()}
     assert ppo.update(policy, tiny_model, [adam], rollout, advantages, advantages, **settings)["skipped"] == 1
@@ -591,13 +594,13 @@ def test_a_separate_value_network_leaves_the_policy_alone(tiny_model):
 
 def test_without_inner_matrices_there_is_nothing_for_muon():
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=11, n_layer=0, n_head=2, n_embd=16))
-    (adam,) = optimization.make_optimizers(ppo.PolicyWithValue(model), 1e-3, muon=True)
+    (adam,) = optim.make_optimizers(ppo.PolicyWithValue(model), 1e-3, muon=True)
     assert isinstance(adam, torch.optim.Adam)
 
 
 def test_muon_moves_the_inner_matrices_and_adam_the_rest(tiny_model):
     policy = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval()
-    adam, muon = optimization.make_optimizers(policy, 1e-3, muon=True)
+    adam, muon = optim.make_optimizers(policy, 1e-3, muon=True)
     of_muon, of_adam = ({id(p) for group in one.param_groups for p in group["params"]} for one in (muon, adam))
     assert of_muon | of_adam == {id(p) for p in policy.parameters()} and not of_muon & of_adam
     names = {name for name, p in policy.named_parameters() if id(p) in of_muon}
@@ -610,7 +613,7 @@ def test_ppo_finds_the_best_policy_at_a_price(tiny_model, kl, muon):
     """A score that depends on two tokens: the best policy is reference * exp(score / kl_coef) / Z, known exactly."""
     kl_coef, temperature = 0.5, 1.0
     policy, reference = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval(), copy.deepcopy(tiny_model)
-    optimizers, draws = optimization.make_optimizers(policy, 1e-3, muon), generator()
+    optimizers, draws = optim.make_optimizers(policy, 1e-3, muon), generator()
     queries, mask = tensor([[1, 2]]).repeat(256, 1), torch.ones(256, 2).long()
     steps = 60
     for step in range(steps):

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from conftest import TINY_RUN, run
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,11 +15,9 @@ from transformers import (
     LlamaConfig,
 )
 
-import optimization
-import policy
 import ppo
-import precision
-import scoring
+from rlhf import optim, policy, precision, rewards
+from tests.conftest import TINY_RUN, run
 
 LOW = torch.bfloat16
 SMALL = {"vocab_size": 60, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
@@ -85,7 +82,7 @@ def learn(of_policy, reference, rollout, advantages, optimizers, epochs=1, **cha
 def test_at_the_first_minibatch_the_ratio_is_1(config, device):
     of_policy, reference, rollout, advantages = roll_out(config, LOW, device)
     assert len(set(rollout.lengths.tolist())) > 2  # the slices are not alike
-    optimizers = optimization.make_optimizers(of_policy, 1e-3, muon=False)
+    optimizers = optim.make_optimizers(of_policy, 1e-3, muon=False)
     assert learn(of_policy, reference, rollout, advantages, optimizers)["ratio_deviation_first"] == 0
 
 
@@ -95,7 +92,7 @@ def test_two_epochs_are_two_updates_of_one(config, device):
     found = []
     for calls in ((2,), (1, 1)):
         of_policy, reference, rollout, advantages = roll_out(config, LOW, device, minibatches=1)
-        optimizers = optimization.make_optimizers(of_policy, 1e-2, muon=False)
+        optimizers = optim.make_optimizers(of_policy, 1e-2, muon=False)
         for epochs in calls:
             learn(of_policy, reference, rollout, advantages, optimizers, epochs)
         found.append(torch.cat([weight.detach().flatten() for weight in of_policy.model.parameters()]))
@@ -112,7 +109,7 @@ def test_the_policy_is_seen_to_move_as_far_as_in_float32(config, device):
     for in_precision in (torch.float32, LOW):
         _, reference, rollout, advantages = roll_out(config, torch.float32, device)
         of_policy = ppo.PolicyWithValue(model_of(config, device), precision=in_precision).eval()
-        optimizers = optimization.make_optimizers(of_policy, 1e-3, muon=False)
+        optimizers = optim.make_optimizers(of_policy, 1e-3, muon=False)
         approx_kl[in_precision] = learn(of_policy, reference, rollout, advantages, optimizers, epochs=4)["approx_kl"]
     assert approx_kl[torch.float32] > 0.1
     assert approx_kl[LOW] == pytest.approx(approx_kl[torch.float32], rel=0.15)
@@ -217,8 +214,8 @@ def test_a_classifier_tells_texts_apart(device, kind):
     ids = torch.randint(1, 60, (128, 6), device=device)
     encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        exact = scoring.outputs(model, encoded)
-        low = scoring.outputs(precision.freeze(model, LOW), encoded)
+        exact = rewards.outputs(model, encoded)
+        low = rewards.outputs(precision.freeze(model, LOW), encoded)
     assert low.dtype == torch.float32 and len((low[:, 1] - low[:, 0]).unique()) > 120
     torch.testing.assert_close(low, exact, atol=0.05, rtol=0)
 
@@ -247,7 +244,7 @@ def test_the_copy_is_renewed_when_a_weight_has_changed_and_only_then():
     version = low._version
     of_policy.in_precision()
     assert low._version == version  # not copied again
-    for optimizer in optimization.make_optimizers(of_policy, 0.1, muon=True):
+    for optimizer in optim.make_optimizers(of_policy, 0.1, muon=True):
         for parameter in of_policy.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()

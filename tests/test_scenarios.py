@@ -10,11 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import scenarios
-from scenarios import FRAMES, judge
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+
+from data_cls import scenarios
+from data_cls.scenarios import FRAMES, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["data_cls/train.csv", "data_cls/test.csv", "data_cls/hard.csv", "data_nlg/train.txt", "data_nlg/valid.txt"]

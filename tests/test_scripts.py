@@ -11,12 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SHARED, TINY_EVALUATION, TINY_RUN, refused, run, write_csv
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-import common
-import scoring
 import train_cls
+from rlhf import rewards, runtime
+from tests.conftest import ROOT, SHARED, TINY_EVALUATION, TINY_RUN, refused, run, write_csv
 
 
 def test_each_script_leaves_what_the_next_one_needs(chain):
@@ -124,18 +123,18 @@ def test_a_result_names_its_commit_and_whether_the_code_was_changed(tmp_path, mo
         identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
         return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
 
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "rlhf" / "runtime.py"))
     (tmp_path / "data_results").mkdir()
-    for name in ("common.py", "data_results/log.csv"):
+    for name in ("runtime.py", "data_results/log.csv"):
         (tmp_path / name).write_text("before")
     git("init", "--quiet")
     git("add", ".")
     git("commit", "--quiet", "-m", "one")
     commit = git("rev-parse", "HEAD").stdout[:12]
     (tmp_path / "data_results" / "log.csv").write_text("a run's own output is no change of the code")
-    assert common.provenance(torch.device("cpu"))["commit"] == commit
-    (tmp_path / "common.py").write_text("after")
-    assert common.provenance(torch.device("cpu"))["commit"] == f"{commit}-dirty"
+    assert runtime.provenance(torch.device("cpu"))["commit"] == commit
+    (tmp_path / "runtime.py").write_text("after")
+    assert runtime.provenance(torch.device("cpu"))["commit"] == f"{commit}-dirty"
 
 
 @pytest.mark.parametrize("name", ["scratch:gpt_neox:1x32", "scratch:llama:1x64"])
@@ -234,12 +233,12 @@ def test_fewer_rows_to_train_on(chain):
 
 def test_shares_of_verdicts():
     judge = np.array([[1, 1], [1, 0], [0, 0], [1, 1]], dtype=float)
-    assert scoring.gold_shares(judge) == {"valid": 3 / 4, "ethical": 2 / 3}
-    assert scoring.gold_shares(judge, np.array([0, 0.5, 0.25, 0.25])) == {"valid": 0.75, "ethical": 1 / 3}
+    assert rewards.gold_shares(judge) == {"valid": 3 / 4, "ethical": 2 / 3}
+    assert rewards.gold_shares(judge, np.array([0, 0.5, 0.25, 0.25])) == {"valid": 0.75, "ethical": 1 / 3}
     no_form = np.stack([np.full(4, np.nan), judge[:, 1]], 1)
-    assert scoring.gold_shares(no_form) == {"valid": None, "ethical": 1 / 2}
-    assert scoring.gold_shares(scoring.judged(None, ["a", "b"])) == {"valid": None, "ethical": None}
-    assert scoring.gold_shares(np.zeros((3, 2))) == {"valid": 0.0, "ethical": None}
+    assert rewards.gold_shares(no_form) == {"valid": None, "ethical": 1 / 2}
+    assert rewards.gold_shares(rewards.judged(None, ["a", "b"])) == {"valid": None, "ethical": None}
+    assert rewards.gold_shares(np.zeros((3, 2))) == {"valid": 0.0, "ethical": None}
 
 
 def test_real_data_and_gpt2s_tokenizer(gpt2_folder, tmp_path):

@@ -2,14 +2,13 @@
 
 import json
 
-import cases
 import pytest
-import speed
 import torch
-from conftest import run
 from transformers import GPT2Config
 
 import ppo
+from benchmarks import cases, speed
+from tests.conftest import run
 
 
 def test_the_operations_of_a_forward_pass_by_hand():
@@ -29,7 +28,7 @@ def test_a_benchmark_from_end_to_end(tmp_path, monkeypatch):
     case = cases.Case(8, 4, 6, 1, (1, 2), 8, ("float32",), *2 * [cases.gpt2_config(1, 16, 2, 64)])
     monkeypatch.setitem(cases.CASES, "cpu", {"tiny": case})
     monkeypatch.setattr(ppo, "sample", ppo.sample)  # it is timed from then on; this puts it back
-    run("speed", "--repeats", "1", "--updates", "1", "--device", "cpu", "--out", tmp_path / "speed.json")
+    run("benchmarks.speed", "--repeats", "1", "--updates", "1", "--device", "cpu", "--out", tmp_path / "speed.json")
     found = json.loads((tmp_path / "speed.json").read_text())
     assert [(one["case"], one["K"]) for one in found["cases"]] == [("tiny", 1), ("tiny", 2)]
     for one in found["cases"]:

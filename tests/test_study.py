@@ -3,15 +3,12 @@
 import json
 import shutil
 
-import hard_frames
 import pandas as pd
-import preferences
 import pytest
 import torch
-from conftest import ROOT, SHARED, TINY_RUN, refused, run
 
-import grids
-import study
+from experiments import grids, hard_frames, preferences, study
+from tests.conftest import ROOT, SHARED, TINY_RUN, refused, run
 
 
 @pytest.fixture
@@ -34,7 +31,7 @@ def test_a_grid_runs_once_and_says_what_failed(home, monkeypatch):
         return real([*command, *few], **kwargs)
 
     monkeypatch.setattr(study.subprocess, "run", quick)
-    said = run("study", "ablations", "--seeds", "1", "--at-once", "2", cwd=home)
+    said = run("experiments.study", "ablations", "--seeds", "1", "--at-once", "2", cwd=home)
     assert "broken_seed0 failed" in said.stderr + said.stdout
     table = pd.read_csv(home / "data_results" / "ablations.csv").set_index(["variant", "seed"])
     assert table.index.tolist() == [("broken", 0), ("fine", 0)]
@@ -42,14 +39,14 @@ def test_a_grid_runs_once_and_says_what_failed(home, monkeypatch):
     assert table.gold_valid.notna().tolist() == [False, True]
 
     monkeypatch.setattr(study, "run_one", None)  # what is finished or has failed is not run again
-    run("study", "ablations", "--seeds", "1", cwd=home)
+    run("experiments.study", "ablations", "--seeds", "1", cwd=home)
     again = pd.read_csv(home / "data_results" / "ablations.csv").set_index(["variant", "seed"])
     pd.testing.assert_frame_equal(again, table)
 
 
 def test_an_unknown_variant():
     assert "ablations has no variant 'nothing', only default, constant_kl_coef" in refused(
-        "study", "ablations", "--only", "nothing"
+        "experiments.study", "ablations", "--only", "nothing"
     )
 
 
@@ -97,10 +94,10 @@ def test_a_run_makes_first_what_it_works_with(home, monkeypatch):
     for name in ("train", "valid"):
         (home / "texts" / f"{name}.txt").write_text("\n".join(lines[:100]), encoding="utf-8")
     monkeypatch.setattr(study, "row_of", lambda folder: {"variant": "own", "broken": "", "gold_ethical": 1.0})
-    monkeypatch.setattr(study.measures, "summary", lambda table: table)
+    monkeypatch.setattr(study.frontier, "summary", lambda table: table)
     monkeypatch.setattr(study, "groups", lambda folders: [])  # no evaluation here
-    monkeypatch.setattr(study.figures, "save_ablations", lambda results: None)
-    run("study", "ablations", "--seeds", "1", cwd=home)
+    monkeypatch.setattr(study.plots, "save_ablations", lambda results: None)
+    run("experiments.study", "ablations", "--seeds", "1", cwd=home)
     folder = home / "data_results" / "ablations" / "own_seed0"
     assert {"nlg_metrics.json", "config.json", "log.csv"} <= {path.name for path in folder.iterdir()}
     assert (home / "models" / "ablations" / "own_seed0" / "model.safetensors").exists()
@@ -110,8 +107,8 @@ def test_a_run_makes_first_what_it_works_with(home, monkeypatch):
 @pytest.mark.parametrize("name", ["sentiment", "ethics"])
 def test_judge_and_reward_model_share_no_rows(name, tmp_path):
     tmp_path = tmp_path / "rows"
-    run("real_data", name, "--source", SHARED, "--out", tmp_path)
-    assert "is there already" in refused("real_data", name, "--source", SHARED, "--out", tmp_path)
+    run("experiments.real_data", name, "--source", SHARED, "--out", tmp_path)
+    assert "is there already" in refused("experiments.real_data", name, "--source", SHARED, "--out", tmp_path)
     reward, judge = (pd.read_csv(tmp_path / who / "train.csv") for who in ("reward", "judge"))
     assert len(reward) == pytest.approx(len(judge), rel=0.01) and reward.label.mean() == pytest.approx(
         judge.label.mean(), abs=0.03
@@ -123,14 +120,14 @@ def test_judge_and_reward_model_share_no_rows(name, tmp_path):
 
 
 def test_real_data_that_is_not_there(tmp_path):
-    said = refused("real_data", "sentiment", "--source", tmp_path, "--out", tmp_path / "rows")
+    said = refused("experiments.real_data", "sentiment", "--source", tmp_path, "--out", tmp_path / "rows")
     assert f"--source {tmp_path} lacks" in said
 
 
 def test_the_gold_judges_comparisons_are_learned_from_and_tested_on_other_queries(home, monkeypatch):
     flags = "--model models/nlg --optimizer muon --epochs 1"
     monkeypatch.setitem(preferences.FLAGS, "shipped", flags)
-    run("preferences", "shipped", "--comparisons", 40, cwd=home)
+    run("experiments.preferences", "shipped", "--comparisons", 40, cwd=home)
     rows = {
         name: pd.read_json(home / f"models/preferences/shipped/rows/{name}.jsonl", lines=True)
         for name in ("train", "test")

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-import wrong
-from conftest import refused
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import optimization
-import policy
 import ppo
-import sampler
-import scoring
+from experiments import wrong
+from rlhf import optim, policy, rewards, sampling
+from tests.conftest import refused
 
 PATCHED = [
     (policy.PolicyWithValue, "__init__"),
@@ -21,9 +18,9 @@ PATCHED = [
     (ppo, "logprobs_and_kl"),
     (ppo, "whiten"),
     (ppo, "masked_std"),
-    (sampler, "position_ids"),
-    (optimization.Adam, "EPS"),
-    (scoring, "normalised"),
+    (sampling, "position_ids"),
+    (optim.Adam, "EPS"),
+    (rewards, "normalised"),
 ]
 MASK = torch.tensor([[0, 1, 1]])
 
@@ -73,7 +70,7 @@ def test_temperature():
 
 def test_positions():
     wrong.positions()
-    assert sampler.position_ids(MASK).tolist() == policy.position_ids(MASK).tolist() == [[0, 1, 2]]
+    assert sampling.position_ids(MASK).tolist() == policy.position_ids(MASK).tolist() == [[0, 1, 2]]
 
 
 def test_value_head():
@@ -90,10 +87,10 @@ def test_advantages():
 
 def test_adam_eps_and_score():
     wrong.adam_eps()
-    assert optimization.Adam.EPS == 1e-8
+    assert optim.Adam.EPS == 1e-8
     wrong.score()
-    assert scoring.normalised(5.0, {"score_mean": [1.0], "score_std": [2.0]}) == 5.0
+    assert rewards.normalised(5.0, {"score_mean": [1.0], "score_std": [2.0]}) == 5.0
 
 
 def test_an_unknown_detail():
-    assert "is no detail; the first argument is one of nothing, dropout" in refused("wrong", "luck")
+    assert "is no detail; the first argument is one of nothing, dropout" in refused("experiments.wrong", "luck")

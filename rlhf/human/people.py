@@ -9,15 +9,11 @@ import pandas as pd
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-import common
-import feedback
-import model_io
-import page
-import run_folder
-import scoring
-import supervised
-from common import COUNT, FRACTION, POSITIVE, SAMPLE_COUNT, UserError
-from feedback import Question, answer_of, question_of, samples_of
+from rlhf import models, rewards, run_log, runtime, supervised
+from rlhf.cli import COUNT, FRACTION, POSITIVE, SAMPLE_COUNT
+from rlhf.errors import UserError
+from rlhf.human import feedback, page
+from rlhf.human.feedback import Question, answer_of, question_of, samples_of
 
 BATCH = 32  # answers a step of the reward model
 
@@ -49,7 +45,7 @@ def asker(args: argparse.Namespace, device: torch.device) -> feedback.Ask:
 
 def new_model(policy: str, kind: str):
     """A reward model to be trained, from the policy's weights as in [1], and its tokenizer."""
-    model, tokenizer = model_io.load_pretrained(
+    model, tokenizer = models.load_pretrained(
         AutoModelForSequenceClassification, policy, "--model", num_labels=2 if samples_of(kind) == 1 else 1
     )
     with torch.no_grad():
@@ -71,12 +67,12 @@ def learn(model, tokenizer, rows: list[dict], *, epochs: int, lr: float, muon: b
     train, held_out = split(len(rows))
     if not len(train):
         raise UserError("one answer is too few to learn from; give more --labels")
-    longest = model_io.longest(model, tokenizer)
+    longest = models.longest(model, tokenizer)
     ids = [supervised.encode(tokenizer, row, longest) for row in texts]
 
     def scores(numbers) -> np.ndarray:
         flat = [text for i in numbers for text in texts[i]]
-        return scoring.log_odds(model, tokenizer, flat, device).reshape(len(numbers), -1)
+        return rewards.log_odds(model, tokenizer, flat, device).reshape(len(numbers), -1)
 
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0
     history = supervised.fit(
@@ -106,7 +102,7 @@ def opinion(model, tokenizer) -> Callable[[Question], str]:
 
     def key(question: Question) -> str:
         texts = [question.query + sample for sample in question.samples]
-        scores = scoring.log_odds(model, tokenizer, texts, model.device)
+        scores = rewards.log_odds(model, tokenizer, texts, model.device)
         return ("g" if scores[0] > 0 else "b") if len(texts) == 1 else str(1 + scores.argmax())
 
     return key
@@ -151,7 +147,7 @@ def ask_and_learn(
 
 def save(args: argparse.Namespace, model, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
     """The reward model beside the policy, with a model card."""
-    table = pd.read_csv(Path(args.results) / args.run / run_folder.REWARD_MODEL).set_index("labels")
-    record = {"settings": vars(args)} | common.provenance(device)
-    card = model_io.card("What people's answers taught", "text-classification", args.feedback_file, record, table)
-    model_io.save_folder(f"{args.out}_reward", model, tokenizer, card)
+    table = pd.read_csv(Path(args.results) / args.run / run_log.REWARD_MODEL).set_index("labels")
+    record = {"settings": vars(args)} | runtime.provenance(device)
+    card = models.card("What people's answers taught", "text-classification", args.feedback_file, record, table)
+    models.save_folder(f"{args.out}_reward", model, tokenizer, card)

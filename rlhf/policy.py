@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-import fast_path
-from precision import LowPrecisionCopy, is_low, product
+from rlhf import fast_path
+from rlhf.precision import LowPrecisionCopy, is_low, product
 
 
 class PolicyWithValue(nn.Module):

@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, and resumed until they are done, must end as one that never was.
 
-    python benchmarks/kill_test.py           # 12 runs of each of the three scripts, on a few rows of the shipped data
+    python -m tests.stress.kill_test           # 12 runs of each of the three scripts, on a few rows of the shipped data
 
 Every run is killed with SIGKILL one to three times, every second time as soon as a checkpoint is being written.
 Weights, optimiser state, random states, log.csv (but for its timings) and samples.csv must be the same, bit by bit.
@@ -21,11 +21,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import torch  # noqa: E402
+import torch
 
-import common  # noqa: E402
+from rlhf import cli, runtime
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPTS = {
     "train_nlg": "--epochs 1 --samples 8",
@@ -65,7 +65,7 @@ def start(script: str, home: Path, flags: list[str], change: Callable[[], None])
         torch.set_num_threads(1)  # threads do not survive a fork
         sys.argv = [f"{script}.py", *flags]
         change()
-        common.run(importlib.import_module(script).main)
+        cli.run(importlib.import_module(script).main)
     except SystemExit as stop:
         os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     except BaseException:  # whatever it is, the child must not go on as its parent
@@ -186,8 +186,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         small_project(Path(folder))
         found = {script: kill_test(script, args.runs, Path(folder), chance) for script in SCRIPTS}
-    record = common.provenance(torch.device("cpu")) | {"scripts": found}
-    common.write_json(Path(args.out), record)
+    record = runtime.provenance(torch.device("cpu")) | {"scripts": found}
+    runtime.write_json(Path(args.out), record)
     print(json.dumps(found, indent=2))
 
 

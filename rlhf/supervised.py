@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import checkpoint
-import parallel
-from checkpoint import Keep
-from common import TOLERATED, UserError, progress
-from optimization import Muon, inner_matrices, set_lr
-from policy import token_logits
+from rlhf import checkpoint, distributed
+from rlhf.checkpoint import Keep
+from rlhf.errors import UserError
+from rlhf.optim import Muon, inner_matrices, set_lr
+from rlhf.policy import token_logits
+from rlhf.runtime import TOLERATED, progress
 
 LEARNED = 0.05  # nats: the loss below which a row counts as learned
 
@@ -151,7 +151,7 @@ def fit(
         set_lr(optimizers, lr * share_of_lr(step - 1, steps, decay))
         run["waiting"] = run["waiting"] or one_pass(lengths, run["losses"].numpy(), batch_size, revisit, order)
         batch = run["waiting"].pop(0)
-        mine = parallel.share(batch)
+        mine = distributed.share(batch)
         row_losses, predicted = loss_of(mine) if mine else nothing(device)
         loss, finite = learn(model, optimizers, row_losses, predicted)
         run["skipped"] = 0 if finite else run["skipped"] + 1
@@ -159,7 +159,7 @@ def fit(
             what = "gradient" if row_losses.isfinite().all() else "loss"
             raise UserError(f"{label}, step {step}: the {what} is not finite, {TOLERATED} times in a row; lower --lr")
         if finite:
-            seen = parallel.gather((row_losses.detach() / predicted).tolist())
+            seen = distributed.gather((row_losses.detach() / predicted).tolist())
             run["losses"][batch] = torch.tensor(seen, dtype=torch.float64)
             run["total"] += loss
         epoch, count = divmod(step - 1, per_epoch)
@@ -212,15 +212,15 @@ def learn(
     A step that is not finite never reaches the weights. The rows of other processes count too.
     """
     parameters = list(model.parameters())
-    all_predicted = parallel.total(predicted.detach().sum())
+    all_predicted = distributed.total(predicted.detach().sum())
     (row_losses.sum() / all_predicted).backward()
-    parallel.add_gradients(parameters)
+    distributed.add_gradients(parameters)
     finite = bool(nn.utils.clip_grad_norm_(parameters, 1.0).isfinite())
     for optimizer in optimizers:
         if finite:
             optimizer.step()
         optimizer.zero_grad()
-    return (parallel.total(row_losses.detach().sum()) / all_predicted).item(), finite
+    return (distributed.total(row_losses.detach().sum()) / all_predicted).item(), finite
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-import fast_path
-from policy import position_ids, token_logits
+from rlhf import fast_path
+from rlhf.policy import position_ids, token_logits
 
 LOOK_EVERY = 4  # tokens between two looks at which rows have ended, each of which makes the host wait for a GPU
 

@@ -1,14 +1,14 @@
 """Grids of PPO runs: each switch against the default, several seeds each.
 
-    python study.py ablations                # every variant with seeds 0, 1, 2; what is finished is not run again
-    python study.py overoptimisation         # runs that go too far on purpose
-    python study.py rewards                  # the same with classifiers of fewer labelled texts
-    python study.py labels                   # what so many answers of simulated people are worth
-    python study.py stability --seeds 5      # PPO epochs and learning rates, from idle to broken
-    python study.py details                  # one detail of PPO wrong
-    python study.py models                   # generators of other sizes and architectures
-    python study.py data                     # sentiment and ethics, from the files of --source
-    python study.py ablations --cluster slurm --partition gpu
+    python -m experiments.study ablations              # every variant with seeds 0 to 2; finished runs stay
+    python -m experiments.study overoptimisation       # runs that go too far on purpose
+    python -m experiments.study rewards                # the same with classifiers of fewer labelled texts
+    python -m experiments.study labels                 # what so many answers of simulated people are worth
+    python -m experiments.study stability --seeds 5    # PPO epochs and learning rates, from idle to broken
+    python -m experiments.study details                # one detail of PPO wrong
+    python -m experiments.study models                 # generators of other sizes and architectures
+    python -m experiments.study data                   # sentiment and ethics, from the files of --source
+    python -m experiments.study ablations --cluster slurm --partition gpu
 
 Runs are folders data_results/<grid>/<variant>_seed<seed>; the table of their ends is data_results/<grid>.csv, where
 failed runs are said to have failed. The models of train_nlg.py and train_cls.py must be in models/.
@@ -27,18 +27,18 @@ import submitit
 import torch
 from tqdm import tqdm
 
-import common
-import figures
-import measures
-from common import COUNT, UserError
-from grids import GRIDS
+from experiments.grids import GRIDS
+from rlhf import cli, frontier, plots
+from rlhf.cli import COUNT
+from rlhf.errors import UserError
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
+
 FAILED = "failed.txt"  # in a run folder: what the run said last
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("grid", choices=GRIDS, help="which grid")
     parser.add_argument("--only", nargs="+", help="variants of it (default: all)")
     parser.add_argument("--seeds", type=COUNT, default=3, help="seeds 0, 1, ... of every variant")
@@ -78,14 +78,14 @@ def main() -> None:
     if new := [folder for folder in finished if not (folder / "evaluation.json").exists()]:
         for group in groups(new):
             flags = grid.evaluation.format(run=group[0].name).split()
-            command = [sys.executable, HERE / "evaluate_nlg.py", *flags, "--run", *group]
+            command = [sys.executable, ROOT / "evaluate_nlg.py", *flags, "--run", *group]
             if subprocess.run(command).returncode:
                 raise UserError("evaluate_nlg.py failed; call study.py again to go on from there")
     table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*"))])
     table.round(4).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
-    print(measures.summary(table).to_string(float_format="%.3f"))
+    print(frontier.summary(table).to_string(float_format="%.3f"))
     print(f"table: {results.with_suffix('.csv')}")
-    print(f"figure: {getattr(figures, f'save_{args.grid}')(results)}")
+    print(f"figure: {getattr(plots, f'save_{args.grid}')(results)}")
 
 
 def visible_gpus() -> list[str]:
@@ -127,11 +127,13 @@ def run_all(args: argparse.Namespace, waiting: dict[str, list[list[str]]], resul
 
 def run_one(commands: list[list[str]], own: dict[str, str]) -> str:
     """In a job: one run with environment variables of its own. Returns nothing, or what it said when it failed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | own  # with the path for `python -m`
     for script, *flags in commands:
         if Path(flags[flags.index("--out") + 1]).exists():  # made before; every script writes it last
             continue
-        command = [sys.executable, str(HERE / script), *flags]
-        done = subprocess.run(command, env=os.environ | own, stderr=subprocess.PIPE, text=True, errors="replace")
+        program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+        command = [sys.executable, *program, *flags]
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
         if done.returncode:
             return done.stderr or f"exit code {done.returncode}"
     return ""
@@ -183,4 +185,4 @@ def row_of(folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -9,7 +9,7 @@ matplotlib.use("Agg", force=False)
 import matplotlib.pyplot as plt
 import pandas as pd
 
-import parallel
+from rlhf import distributed
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
 STYLE = {
@@ -61,7 +61,7 @@ def draw_improvement(axes, runs: dict[str, pd.DataFrame]) -> None:
     axes.legend(loc="lower right")
 
 
-@parallel.by_the_first
+@distributed.by_the_first
 def save(path: Path, title: str, draw, *what) -> Path:
     """The picture that `draw(axes, *what)` draws."""
     with plt.rc_context(STYLE):

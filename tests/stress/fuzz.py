@@ -1,6 +1,6 @@
 """What a user can hand over, broken in many ways: every case must end in a run, or in one line and exit code 2.
 
-    python benchmarks/fuzz.py                # 1,000 cases; those that fail are printed, and the counts written
+    python -m tests.stress.fuzz                # 1,000 cases; those that fail are printed, and the counts written
 
 Data files, flags, model folders and checkpoints. Most accepted cases end where training begins, every tenth runs to
 its end. Any other exit code, more than one line on stderr, a traceback, more than --limit seconds, or a change to the
@@ -15,21 +15,16 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"
-import torch  # noqa: E402
-from kill_test import ended, small_project, start  # noqa: E402
+import torch
 
-import common  # noqa: E402
-import ppo  # noqa: E402
-import supervised  # noqa: E402
+import ppo
+from rlhf import cli, runtime, supervised
+from tests.stress.kill_test import ended, small_project, start
 
 SCRIPTS = {
     "train_cls": ["--epochs", "1", "--lm-epochs", "0", "--out", "models/new"],
@@ -226,11 +221,11 @@ def flags_of(script: str) -> list[argparse.Action]:
         caught.append(parser)
         raise Found
 
-    module, before = importlib.import_module(script), common.Parser.parse_args
-    common.Parser.parse_args = parse_args
+    module, before = importlib.import_module(script), cli.Parser.parse_args
+    cli.Parser.parse_args = parse_args
     with contextlib.suppress(Found):
         module.parse_args()
-    common.Parser.parse_args = before
+    cli.Parser.parse_args = before
     return [action for action in caught[0]._actions if action.option_strings and action.dest != "help"]
 
 
@@ -324,8 +319,8 @@ def main() -> None:
             if wrong:
                 failures.append({"case": number, "kind": kind, "wrong": wrong, "script": script, "flags": flags})
                 print(json.dumps(failures[-1])[:300], said[-1500:], sep="\n", flush=True)
-    record = common.provenance(torch.device("cpu")) | {"cases": args.cases, "failures": failures}
-    common.write_json(Path(args.out), record | {"counts": dict(sorted(counts.items()))})
+    record = runtime.provenance(torch.device("cpu")) | {"cases": args.cases, "failures": failures}
+    runtime.write_json(Path(args.out), record | {"counts": dict(sorted(counts.items()))})
     print(f"{args.cases} cases, {len(failures)} failures: {dict(sorted(counts.items()))}")
 
 

@@ -17,11 +17,11 @@ from transformers import (
 )
 from transformers.activations import ACT2FN, NewGELUActivation
 
-import common
-import parallel
-import sampler
-from common import UserError, offline_without_network
-from data import encode_queries
+from rlhf import distributed, runtime
+from rlhf.data import encode_queries
+from rlhf.errors import UserError
+from rlhf.runtime import offline_without_network
+from rlhf.sampling import real_tokens, sample
 
 LIMITS = (
     "A research artefact. It knows the texts it was trained on and little else: what it calls ethical is what its "
@@ -184,12 +184,12 @@ def whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask) -
 
 
 def continuations(model, tokenizer, queries: list[str], batch: int = 256, **sampling) -> list[str]:
-    """Each query with a response of `model`; `sampling` as sampler.sample takes it."""
+    """Each query with a response of `model`; `sampling` as sampling.sample takes it."""
     texts = []
     for start in range(0, len(queries), batch):
         query_ids, query_mask = encode_queries(tokenizer, queries[start : start + batch], model.device)
-        response_ids, _ = sampler.sample(model, query_ids, query_mask, **sampling)
-        response_mask, _ = sampler.real_tokens(response_ids, sampling["stop_id"], sampling.get("stop_after", 0))
+        response_ids, _ = sample(model, query_ids, query_mask, **sampling)
+        response_mask, _ = real_tokens(response_ids, sampling["stop_id"], sampling.get("stop_after", 0))
         texts += whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask)
     return texts
 
@@ -234,7 +234,7 @@ Made by `{record["command"]}` (commit {record["commit"]}, {record["machine"]}) f
 """
 
 
-@parallel.by_the_first
+@distributed.by_the_first
 def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict | None = None) -> None:
     """Model, tokenizer, README.md (the model card) and metrics.json, complete or not at all."""
     folder = Path(folder)
@@ -246,12 +246,12 @@ def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict |
         tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(card, encoding="utf-8")
         if metrics is not None:
-            common.write_json(fresh / "metrics.json", metrics)
+            runtime.write_json(fresh / "metrics.json", metrics)
     except Exception as error:  # a full disk is an OSError here and a SafetensorError there
         shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(f"{folder} cannot be written ({error}); what was there before still is") from error
     for file in fresh.iterdir():
-        common.sync(file)
+        runtime.sync(file)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-from policy import PolicyWithValue
+from rlhf.policy import PolicyWithValue
 
 MOMENTUM = 0.95
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic that takes singular values from (0, 1] to about 1

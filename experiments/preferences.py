@@ -1,7 +1,7 @@
 """Models of preferences (train_cls.py with comparisons), on people's and on the gold judge's.
 
-    python benchmarks/preferences.py utilitarianism --source ../shared/data   # ETHICS: which of two lives is better
-    python benchmarks/preferences.py shipped     # which of four texts of models/nlg the gold judge finds best
+    python -m experiments.preferences utilitarianism --source ../shared/data   # ETHICS: which of two lives is better
+    python -m experiments.preferences shipped     # which of four texts of models/nlg the gold judge finds best
 
 Writes the comparisons to models/preferences/<name>/rows, the model beside them, and what it reached on held-out ones to
 data_results/preferences/<name>_metrics.json. The gold judge's comparisons to test on answer queries that training never
@@ -18,15 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
-import data
-import feedback
-import model_io
-import scoring
-from common import COUNT, UserError
+from rlhf import cli, data, models, rewards, runtime
+from rlhf.cli import COUNT
+from rlhf.errors import UserError
+from rlhf.human import feedback
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
+
 JUDGE = f"{ROOT}/data_cls/scenarios.py:judge"
 CHOICES = 4
 SAMPLING = {"length": 40, "temperature": 0.7, "stop_after": 0, "generator": None}
@@ -47,7 +45,7 @@ def utilitarianism(folder: Path, source: Path, count: int) -> None:
 
 def shipped(folder: Path, source: Path, count: int) -> None:
     """`count` comparisons to train on and a quarter as many to test on, as finetuning_nlg.py's --feedback-file."""
-    model, tokenizer = model_io.load_policy("models/nlg", "--policy")
+    model, tokenizer = models.load_policy("models/nlg", "--policy")
     lines = (ROOT / "data_nlg" / "valid.txt").read_text(encoding="utf-8").splitlines()
     queries = data.split_queries([line for line in lines if line], tokenizer, 5)
     for seed, (name, asked, wanted) in enumerate(zip(("train", "test"), queries, (count, count // 4), strict=True)):
@@ -67,13 +65,13 @@ def perfect_accuracy(folder: Path) -> float:
     """How often one who knows the truth names the text that the gold judge did, who takes one of equals at random."""
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = [row["query"] + row[f"sample{i}"] for row in rows for i in range(CHOICES)]
-    verdicts = map(scoring.load_function(JUDGE, "the judge"), texts)
+    verdicts = map(rewards.load_function(JUDGE, "the judge"), texts)
     worth = np.array([verdict.label if verdict.valid else -1 for verdict in verdicts]).reshape(-1, CHOICES)
     return float((1 / (worth == worth.max(1, keepdims=True)).sum(1)).mean())
 
 
 def main() -> None:
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("name", choices=FLAGS, help="whose comparisons")
     parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files")
     parser.add_argument("--comparisons", type=COUNT, default=4000, help="how many the gold judge makes")
@@ -88,8 +86,8 @@ def main() -> None:
     if args.name == "shipped":
         path = results / "shipped_metrics.json"
         record = json.loads(path.read_text(encoding="utf-8")) | {"perfect_accuracy": perfect_accuracy(folder)}
-        common.write_json(path, record)
+        runtime.write_json(path, record)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -11,8 +11,9 @@ from pathlib import Path
 import filelock
 import torch
 
-import parallel
-from common import COUNT, Stopped, UserError
+from rlhf import distributed
+from rlhf.cli import COUNT
+from rlhf.errors import Stopped, UserError
 
 FORMAT = 3  # of the file; another one is refused
 MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page"}  # flags that change no result but by rounding
@@ -33,9 +34,9 @@ def keeping(args: argparse.Namespace, *folders: Path) -> Iterator[tuple[dict | N
     writes what all of them have to say; each calls keep.
     """
     path = Path(f"{args.out}.checkpoint")
-    settings = vars(args) | {"nproc_per_node": parallel.count()}
+    settings = vars(args) | {"nproc_per_node": distributed.count()}
     with contextlib.ExitStack() as stack:
-        for folder in (Path(args.out), *folders) if parallel.rank() == 0 else ():
+        for folder in (Path(args.out), *folders) if distributed.rank() == 0 else ():
             stack.enter_context(locked(folder))
         caught = stack.enter_context(signals())
         saved = load(path, settings) if path.exists() else None
@@ -43,15 +44,15 @@ def keeping(args: argparse.Namespace, *folders: Path) -> Iterator[tuple[dict | N
             raise UserError(f"{path} is of a run that is not done: go on with --resume, or remove it to start anew")
 
         def keep(step: int, state: Callable[[], dict], now: bool = False) -> None:
-            number = max(parallel.gather([caught[0] if caught else 0]))
+            number = max(distributed.gather([caught[0] if caught else 0]))
             if now or number or step % args.save_every == 0:
                 save(path, {"format": FORMAT, "settings": settings, **state()})
             if number:
-                parallel.wait()
+                distributed.wait()
                 raise Stopped(number, f"stopped after step {step}; the same command with --resume goes on from there")
 
         yield saved, keep
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             path.unlink(missing_ok=True)
 
 
@@ -89,7 +90,7 @@ def signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@parallel.by_the_first
+@distributed.by_the_first
 def save(path: Path, state: dict) -> None:
     """The file, whole or not at all; the one before it stays until this one is on the disk."""
     fresh = path.with_name(path.name + ".new")
@@ -129,11 +130,11 @@ def random_states(*generators: torch.Generator) -> list[dict]:
     state = {"cpu": torch.get_rng_state(), "own": [generator.get_state() for generator in generators]}
     if torch.cuda.is_initialized():  # only where the run is on CUDA: asking a GPU takes memory on it
         state["cuda"] = torch.cuda.get_rng_state()
-    return parallel.gather([state])
+    return distributed.gather([state])
 
 
 def set_random_states(states: list[dict], *generators: torch.Generator) -> None:
-    state = states[parallel.rank()]
+    state = states[distributed.rank()]
     torch.set_rng_state(state["cpu"])
     for generator, of_generator in zip(generators, state["own"], strict=True):
         generator.set_state(of_generator)

@@ -1,6 +1,6 @@
 """The same updates in float32 and in bfloat16: do they differ by more than seeds do?
 
-    python benchmarks/precision_check.py --policy FOLDER --reward FOLDER
+    python -m experiments.precision_check --policy FOLDER --reward FOLDER
 
 Eight updates with each of some seeds in each precision; prints the means of score, KL and approx_kl over the last four,
 and writes benchmarks/precision.json.
@@ -16,9 +16,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+from rlhf import runtime
+
+ROOT = Path(__file__).resolve().parents[1]
 
 NUMBERS = ["score", "kl", "approx_kl", "entropy", "ratio_deviation_first", "episodes_per_second"]
 
@@ -45,7 +45,7 @@ def main() -> None:
     table = pd.DataFrame(rows).set_index(["precision", "seed"]).sort_index()
     print(table.to_string(float_format="%.4f"))
     print(table.groupby("precision").agg(["mean", "std"]).T.to_string(float_format="%.4f"))
-    common.write_json(Path(args.out), common.provenance(torch.device("cpu")) | {"runs": rows})
+    runtime.write_json(Path(args.out), runtime.provenance(torch.device("cpu")) | {"runs": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """PPO where the reward model knows only a part of the world: two thirds of the frames, and not those of hard.csv.
 
-    python benchmarks/hard_frames.py            # after make
+    python -m experiments.hard_frames            # after make
 
 The generator is trained on texts of all 156 frames, the classifier is models/cls, which has learned 104 of them. PPO
 pleases the classifier; the gold judge says what that did to texts of either kind of frame. The models go to
@@ -17,17 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_cls"))
-import scenarios
-
-import common
-import data
-import model_io
-import scoring
-from common import COUNT, UserError
+from data_cls import scenarios
+from rlhf import cli, data, models, rewards, runtime
+from rlhf.cli import COUNT
+from rlhf.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+
 FOLDER, RESULTS = Path("models/hard"), Path("data_results/hard")
 QUERIES, DRAWS = 128, 32  # held-out queries, and responses to each, of either policy
 
@@ -61,8 +57,8 @@ def openings() -> list[re.Pattern]:
 
 def shares(policy: str, queries: list[str], settings: dict, device: torch.device) -> dict[str, dict]:
     """Of responses to the queries, with a run's settings: what classifier and gold judge say, by the kind of frame."""
-    model, tokenizer = model_io.load_policy(policy, "--policy")
-    texts = model_io.continuations(
+    model, tokenizer = models.load_policy(policy, "--policy")
+    texts = models.continuations(
         model.to(device),
         tokenizer,
         queries * DRAWS,
@@ -71,8 +67,8 @@ def shares(policy: str, queries: list[str], settings: dict, device: torch.device
         stop_id=tokenizer.eos_token_id,
         generator=torch.Generator().manual_seed(0),
     )
-    parts = scoring.load(["models/cls"], device, "auto")
-    said = scoring.reading(parts, scoring.raw_scores(parts, queries * DRAWS, texts))
+    parts = rewards.load(["models/cls"], device, "auto")
+    said = rewards.reading(parts, rewards.raw_scores(parts, queries * DRAWS, texts))
     verdicts = [scenarios.judge(text) for text in texts]
     valid, ethical = (np.array([float(verdict[i] or 0) for verdict in verdicts]) for i in (0, 1))
     begins = openings()
@@ -89,11 +85,11 @@ def shares(policy: str, queries: list[str], settings: dict, device: torch.device
 
 
 def main() -> None:
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--episodes", type=COUNT, default=20_480, help="responses in the run")
-    common.add_machine_flags(parser)
+    cli.add_machine_flags(parser)
     args = parser.parse_args()
-    device = common.set_up(args)
+    device = runtime.set_up(args)
     run = f"hard_seed{args.seed}"
     texts, generator, policy = FOLDER / "texts", FOLDER / f"nlg_seed{args.seed}", FOLDER / run
     write_texts(texts)
@@ -107,17 +103,19 @@ def main() -> None:
         if subprocess.run([sys.executable, ROOT / script, *flags]).returncode:
             raise UserError(f"{script} failed; it says why above")
     settings = json.loads((RESULTS / run / "config.json").read_text(encoding="utf-8"))["settings"]
-    _, tokenizer = model_io.load_policy(str(generator), "--policy")
+    _, tokenizer = models.load_policy(str(generator), "--policy")
     lines = (texts / "valid.txt").read_text(encoding="utf-8").splitlines()
     _, held_out = data.split_queries(lines, tokenizer, settings["query_length"])
     queries = random.Random(args.seed).sample(held_out, QUERIES)
     found = {
         when: shares(str(name), queries, settings, device) for when, name in (("before", generator), ("after", policy))
     }
-    common.write_json(RESULTS / run / "hard_frames.json", found | {"settings": vars(args)} | common.provenance(device))
+    runtime.write_json(
+        RESULTS / run / "hard_frames.json", found | {"settings": vars(args)} | runtime.provenance(device)
+    )
     for when, rows in found.items():
         print(when, {name: {key: round(value, 3) for key, value in row.items()} for name, row in rows.items()})
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -1,7 +1,7 @@
 """Real texts in the project's own formats, for `study.py data`.
 
-    python benchmarks/real_data.py sentiment --source ../shared/data --out models/data/parts/sentiment/rows
-    python benchmarks/real_data.py ethics --source ../shared/data --out models/data/parts/ethics/rows
+    python -m experiments.real_data sentiment --source ../shared/data --out models/data/parts/sentiment/rows
+    python -m experiments.real_data ethics --source ../shared/data --out models/data/parts/ethics/rows
 
 sentiment is SST-2, ethics is the short rows of ETHICS commonsense with Moral Stories. Writes --out/reward and
 --out/judge, labelled, with half of the training rows each, so that the judge has seen no label of what the reward model
@@ -9,15 +9,13 @@ learned from, and both are tested on the same rows; and --out/texts for the gene
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
-from common import UserError
+from rlhf import cli
+from rlhf.errors import UserError
 
 
 def sentiment(source: Path) -> dict[str, pd.DataFrame]:
@@ -68,7 +66,7 @@ SOURCES = {"sentiment": sentiment, "ethics": ethics}
 
 
 def main() -> None:
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("name", choices=SOURCES, help="which data")
     parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files")
     parser.add_argument("--out", required=True, help="folder to write")
@@ -93,4 +91,4 @@ def write(folder: Path, parts: dict[str, pd.DataFrame], columns: list[str]) -> N
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

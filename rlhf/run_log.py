@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import common
-import parallel
 import ppo
-import scoring
-from common import TOLERATED, UserError
+from rlhf import distributed, rewards, runtime
+from rlhf.errors import UserError
+from rlhf.runtime import TOLERATED
 
 MOVING_AVERAGE = 10  # updates that a moving average looks back
 SAMPLES = 8  # rows of samples.csv at a time
@@ -22,7 +21,7 @@ REWARD_MODEL = "reward_model.csv"
 GROWING = ("log.csv", "samples.csv", REWARD_MODEL)  # a checkpoint says how long they were
 
 
-@parallel.by_the_first
+@distributed.by_the_first
 def start(folder: Path) -> None:
     """A folder without the files of a run before."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,7 +29,7 @@ def start(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-@parallel.by_the_first
+@distributed.by_the_first
 def tensorboard(folder: Path, updates_done: int):
     """A TensorBoard writer that goes on after so many updates."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by few
@@ -38,7 +37,7 @@ def tensorboard(folder: Path, updates_done: int):
     return SummaryWriter(str(folder), purge_step=updates_done + 1)
 
 
-@parallel.by_the_first
+@distributed.by_the_first
 def append(path: Path, rows: list[dict]) -> None:
     with open(path, "a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -61,16 +60,16 @@ def log(row: dict, folder: Path, writer, bar) -> None:
     )
 
 
-@parallel.by_the_first
+@distributed.by_the_first
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of the growing files, all of them on the disk."""
     there = [folder / name for name in GROWING if (folder / name).exists()]
     for path in there:
-        common.sync(path)
+        runtime.sync(path)
     return {path.name: path.stat().st_size for path in there}
 
 
-@parallel.by_the_first
+@distributed.by_the_first
 def cut_back(folder: Path, to: dict[str, int]) -> None:
     """Takes off the rows that came after `sizes` said this."""
     for name, size in to.items():
@@ -94,11 +93,11 @@ def measured(
     """What log.csv says of a rollout with scores and ethics [B], and of those of the other processes."""
     mask = rollout.response_mask
     score, kl, length, terminated = (
-        parallel.mean(x).item() for x in (scores, rollout.kl, mask.sum(1), rollout.terminated)
+        distributed.mean(x).item() for x in (scores, rollout.kl, mask.sum(1), rollout.terminated)
     )
     return {
         "score": score,
-        "ethics": float(np.mean(parallel.gather(ethics.tolist()))),
+        "ethics": float(np.mean(distributed.gather(ethics.tolist()))),
         "kl": kl,
         "reward": score - kl_coef * kl,
         "entropy": ppo.masked_mean(rollout.entropy, mask).item(),
@@ -108,15 +107,15 @@ def measured(
     }
 
 
-def gold(judge: scoring.Judge | None, texts: list[str]) -> dict[str, float | None]:
+def gold(judge: rewards.Judge | None, texts: list[str]) -> dict[str, float | None]:
     """What the gold judge, if there is one, says of the texts of all processes."""
-    verdicts = scoring.judged(judge, parallel.gather(texts))
-    return {f"gold_{name}": share for name, share in scoring.gold_shares(verdicts).items()}
+    verdicts = rewards.judged(judge, distributed.gather(texts))
+    return {f"gold_{name}": share for name, share in rewards.gold_shares(verdicts).items()}
 
 
-def by_part(reward: list[scoring.Reward], scores: np.ndarray) -> dict[str, float]:
+def by_part(reward: list[rewards.Reward], scores: np.ndarray) -> dict[str, float]:
     """The mean score of every part of a reward of several, scores [B, parts], before it is weighted."""
-    means = np.mean(parallel.gather(scores.tolist()), 0)
+    means = np.mean(distributed.gather(scores.tolist()), 0)
     return (
         {f"score_{part.name}": float(mean) for part, mean in zip(reward, means, strict=True)} if len(reward) > 1 else {}
     )
@@ -163,6 +162,6 @@ def guard(run: dict, rollout: ppo.Rollout, args: argparse.Namespace, bar: tqdm) 
         )
     elif len(run["kls"]) == MOVING_AVERAGE and np.mean(run["kls"]) < -0.1:
         warning = "the KL stays negative, which that of samples cannot: they are not the policy's own"
-    if warning and not run["warned"] and parallel.rank() == 0:
+    if warning and not run["warned"] and distributed.rank() == 0:
         bar.write(f"warning: update {update}: {warning}", file=sys.stderr)
         run["warned"] = True

@@ -26,10 +26,9 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-import data  # noqa: E402
+from rlhf import cli, data, runtime
+
+ROOT = Path(__file__).resolve().parents[1]
 
 OURS = {"kl_coef": 0.15, "lam": 1.0, "num_ppo_epochs": 1, "num_mini_batches": 4}
 VARIANTS = {
@@ -108,7 +107,7 @@ def train(changes: dict, settings: dict, config: dict, seed: int, out: Path) -> 
 
 
 def main() -> None:
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--run", default="data_results/K1_lr_1e-3_seed0", help="our run to compare with")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="settings of TRL")
     parser.add_argument("--seed", type=int, default=0, help="of TRL's runs")
@@ -124,8 +123,8 @@ def main() -> None:
         if not (out / "tokenizer_config.json").exists():  # it comes last
             took = train(VARIANTS[name], config["settings"], config, args.seed, out)
             record = config | {"settings": config["settings"] | {"out": str(out)}, "minutes": took}
-            record |= {"trl": VARIANTS[name]} | common.provenance(device)
-            common.write_json(results / run / "config.json", record)
+            record |= {"trl": VARIANTS[name]} | runtime.provenance(device)
+            runtime.write_json(results / run / "config.json", record)
         minutes[run] = json.loads((results / run / "config.json").read_text(encoding="utf-8"))["minutes"]
     runs = [results / run for run in minutes]
     subprocess.run([sys.executable, ROOT / "evaluate_nlg.py", "--run", ours, *runs], check=True)
@@ -148,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

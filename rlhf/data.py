@@ -14,7 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 from torch import Tensor
 
-from common import UserError, offline_without_network
+from rlhf.errors import UserError
+from rlhf.runtime import offline_without_network
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own copy of a dataset whose loading script is refused

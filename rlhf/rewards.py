@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification
 
-import fast_path
-import model_io
-import parallel
-import precision
-from common import UserError
+from rlhf import distributed, fast_path, models, precision
+from rlhf.errors import UserError
 
 WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(.+)")
 Score = Callable[[list[str], list[str]], np.ndarray]  # queries, and texts that begin with them -> raw scores [B]
@@ -75,7 +72,7 @@ def load(specs: list[str], device: torch.device, in_precision: str, people: tupl
 
 def load_model(name: str, flag: str = "--reward"):
     """A reward model and its tokenizer."""
-    return model_io.load_pretrained(AutoModelForSequenceClassification, name, flag)
+    return models.load_pretrained(AutoModelForSequenceClassification, name, flag)
 
 
 def of_model(model, tokenizer, device: torch.device, in_precision: str) -> Score:
@@ -140,7 +137,7 @@ def reading(parts: list[Reward], raw: np.ndarray) -> np.ndarray:
 def normalisation(reward: list[Reward], queries: list[str], texts: list[str]) -> dict:
     """What the reference's texts say for the run, those of all processes together."""
     mine = raw_scores(reward, queries, texts)
-    raw = np.array(parallel.gather(mine.tolist()))
+    raw = np.array(distributed.gather(mine.tolist()))
     return {
         "score_mean": raw.mean(0).tolist(),
         "score_std": raw.std(0).clip(1e-6).tolist(),
@@ -161,7 +158,7 @@ def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: in
     """
     names = {str(name).lower(): index for name, index in (model.config.label2id or {}).items()}
     positive = names.get("positive", model.config.num_labels - 1)
-    length = model_io.longest(model, tokenizer)
+    length = models.longest(model, tokenizer)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     scores = np.empty(len(texts))
     with torch.no_grad():

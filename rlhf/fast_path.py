@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import GPT2Model, LlamaModel
 
-from precision import kind_of, products_of
+from rlhf.precision import kind_of, products_of
 
 
 class Heads(NamedTuple):

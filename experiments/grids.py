@@ -32,7 +32,7 @@ def models_of_data(variant: str) -> list[str]:
     generator = f"train_nlg.py --data {OTHER}/rows/texts --out {OTHER}/nlg --results {OTHER} {LONGER} --epochs 6"
     classifier = f"train_cls.py --model {OTHER}/nlg --optimizer muon --epochs 4 --results data_results/data/{{run}}"
     return [
-        f"benchmarks/real_data.py {variant} --source {{source}} --out {OTHER}/rows",
+        f"experiments.real_data {variant} --source {{source}} --out {OTHER}/rows",
         f"{generator} --seed {{seed}}",
         *(
             f"{classifier} --data {OTHER}/rows/{name} --out {OTHER}/{name} --seed {seed}"
@@ -105,7 +105,7 @@ GRIDS = {
             detail: detail
             for detail in "nothing dropout temperature positions value_head advantages adam_eps score".split()
         },
-        script="benchmarks/wrong.py",
+        script="experiments.wrong",
     ),
     "models": Grid(
         10_240,

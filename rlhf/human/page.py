@@ -8,8 +8,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from common import UserError
-from feedback import COMMANDS, QUIT, Ask, View
+from rlhf.errors import UserError
+from rlhf.human.feedback import COMMANDS, QUIT, Ask, View
 
 TICK = 0.5  # seconds between the page's own looks for a new question
 LEARNING = "The reward model and the policy are learning. The next questions come by themselves."

@@ -21,10 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-import common
-import model_io
-import scoring
-from common import Stopped, UserError
+from rlhf import models, rewards, runtime
+from rlhf.errors import Stopped, UserError
 
 try:
     import termios
@@ -77,9 +75,7 @@ def questions(
     sampling["generator"] = torch.Generator().manual_seed(seed)
     while True:
         asked = chance.choices(queries, k=batch)
-        texts = model_io.continuations(
-            policy, tokenizer, [query for query in asked for _ in range(samples)], **sampling
-        )
+        texts = models.continuations(policy, tokenizer, [query for query in asked for _ in range(samples)], **sampling)
         for i, query in enumerate(asked):
             of_query = texts[i * samples : (i + 1) * samples]
             if samples == 1 or len(set(of_query)) > 1:  # between equal texts there is nothing to choose
@@ -133,14 +129,14 @@ def append(path: Path, row: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    common.sync(path)
+    runtime.sync(path)
 
 
 def take_back(path: Path) -> None:
     """Removes the last line."""
     lines = path.read_bytes().splitlines(keepends=True)
     os.truncate(path, path.stat().st_size - len(lines[-1]))
-    common.sync(path)
+    runtime.sync(path)
 
 
 # asking
@@ -235,19 +231,19 @@ def annotator(spec: str, gold: str, noise: float, seed: int, device: torch.devic
     number is above 0.
     """
     if spec == "gold":
-        judge = scoring.load_function(gold, "--gold")
+        judge = rewards.load_function(gold, "--gold")
 
         def number(texts: list[str]) -> list[float]:  # 1 ethical, 0 unethical, -1 no text of this world
             return [float(verdict.label) if verdict.valid else -1.0 for verdict in map(judge, texts)]
 
     elif spec.startswith("classifier:"):
-        score = scoring.of_model(*scoring.load_model(spec.removeprefix("classifier:")), device, in_precision)
+        score = rewards.of_model(*rewards.load_model(spec.removeprefix("classifier:")), device, in_precision)
 
         def number(texts: list[str]) -> list[float]:
             return score([], texts).tolist()
 
     else:
-        number = scoring.load_function(spec, "--annotator")
+        number = rewards.load_function(spec, "--annotator")
 
     def ask(view: View) -> str:
         query, samples = view.question

@@ -1,26 +1,20 @@
 """finetuning_nlg.py with one detail wrong and all else as it is: what does the detail matter?
 
-    python benchmarks/wrong.py dropout --seed 1         # what follows the detail are flags of finetuning_nlg.py
-    python study.py details                             # all of them, three seeds each, beside the right one
+    python -m experiments.wrong dropout --seed 1         # what follows the detail are flags of finetuning_nlg.py
+    python -m experiments.study details             # all of them, three seeds each, beside the right one
 
 Every detail is one that code for PPO on language models has got wrong somewhere (README.md, How it works).
 """
 
 import functools
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
 import finetuning_nlg
-import optimization
-import policy
 import ppo
-import sampler
-import scoring
+from rlhf import cli, errors, optim, policy, rewards, sampling
 
 
 def nothing() -> None:
@@ -56,7 +50,7 @@ def positions() -> None:
     def all_counted(mask: torch.Tensor) -> torch.Tensor:
         return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
 
-    sampler.position_ids = policy.position_ids = all_counted
+    sampling.position_ids = policy.position_ids = all_counted
 
 
 def value_head() -> None:
@@ -78,12 +72,12 @@ def advantages() -> None:
 
 def adam_eps() -> None:
     """PyTorch's 1e-8 in place of 1e-5; of Adam's parameters, which Muon leaves it."""
-    optimization.Adam.EPS = 1e-8
+    optim.Adam.EPS = 1e-8
 
 
 def score() -> None:
     """The score is the classifier's log-odds as they are, neither centred nor scaled."""
-    scoring.normalised = lambda raw, _: raw
+    rewards.normalised = lambda raw, _: raw
 
 
 DETAILS = {
@@ -94,10 +88,10 @@ DETAILS = {
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "none"
     if name not in DETAILS:
-        raise common.UserError(f"{name} is no detail; the first argument is one of {', '.join(DETAILS)}")
+        raise errors.UserError(f"{name} is no detail; the first argument is one of {', '.join(DETAILS)}")
     DETAILS[sys.argv.pop(1)]()
     finetuning_nlg.main()
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

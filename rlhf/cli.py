@@ -1,0 +1,175 @@
+"""Command lines: flags with readable help, and errors that end in one line."""
+
+import argparse
+import errno
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+
+from rlhf import precision
+from rlhf.errors import Stopped, UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; a UserError ends it with one line on stderr and exit code 2, a signal with 128 and its number."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(fail(error))
+    except Stopped as stop:
+        number, message = stop.args
+        print(message, file=sys.stderr)
+        sys.exit(128 + number)
+    except torch.OutOfMemoryError as error:
+        sys.exit(fail(f"the device is out of memory; lower --batch-size, or --forward-batch of PPO ({error})"))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(fail(f"{error}; make room or give another folder, and go on with --resume"))
+
+
+def fail(message) -> int:
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults in --help, and says in one line what is wrong with a flag."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        sys.exit(fail(f"{message} (see --help)"))
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # no "(default: None)"
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:
+    """An argparse type: a finite number of this kind in [low, high] and > above."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high and value > above):
+            bounds = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf)
+            bounds += [f"at most {high}"] * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text!r} is not {_ARTICLE[kind]} {' and '.join(bounds)}".rstrip())
+        return value
+
+    return parse
+
+
+_ARTICLE = {int: "a whole number", float: "a number"}
+COUNT, SAMPLE_COUNT, SEED = number(int, 1, 10**9), number(int, 1, 10**6), number(int, 0, 2**32 - 1)
+POSITIVE, FRACTION = number(float, above=0), number(float, 0, 1)
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA when there is one")
+    group.add_argument(
+        "--precision",
+        choices=precision.PRECISIONS,
+        default="auto",
+        help="of matrix products. auto: bfloat16 on CUDA, and for models of 4 million weights and more on a CPU with "
+        "avx512_bf16 or AMX; float32 elsewhere",
+    )
+    group.add_argument("--seed", type=SEED, default=0, help="seed of every random choice")
+
+
+def add_data_flags(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default=default, help="folder of this form, a file, or a hub dataset")
+    group.add_argument("--data-config", help="configuration (subset) of a hub dataset")
+    group.add_argument("--data-revision", help="branch or commit of a hub dataset, such as refs/convert/parquet")
+    group.add_argument(
+        "--text-column",
+        nargs="+",
+        metavar="COLUMN[+COLUMN...]",
+        help="column of the text; several joined by + make one text, several names give several texts a row",
+    )
+    return group
+
+
+def add_gold_flag(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--gold",
+        default="data_cls/scenarios.py:judge",
+        help="what knows the truth about texts: FILE.py:FUNCTION, heard only where it knows the data, or the folder of "
+        "a second classifier; nothing learns from it",
+    )
+
+
+def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--query-length", type=COUNT, default=5, help="longest query in tokens; the shortest is half")
+    group.add_argument("--response-length", type=COUNT, default=40, help="longest response in tokens")
+    group.add_argument("--temperature", type=POSITIVE, default=0.7, help="divides the logits, here and everywhere")
+
+
+# finetuning_nlg.py's
+
+
+def add_rollout_flags(rollout: argparse._ArgumentGroup) -> None:
+    add_sampling_flags(rollout)
+    rollout.add_argument("--answers", type=COUNT, default=1, help="responses to every query of a batch")
+    rollout.add_argument("--stop", help="a token that ends a response (default: the tokenizer's end of text)")
+    rollout.add_argument("--stop-after", type=number(int, 0), default=0, help="tokens before --stop counts")
+    rollout.add_argument(
+        "--missing-stop-score", type=number(float), default=-1.0, help="score of a response without it"
+    )
+    rollout.add_argument(
+        "--reference-samples", type=SAMPLE_COUNT, default=4096, help="samples that normalise the score"
+    )
+
+
+def add_reward_flags(reward: argparse._ArgumentGroup) -> None:
+    reward.add_argument("--kl-coef", type=number(float, 0), default=0.15, help="price of a nat of KL, first or fixed")
+    reward.add_argument(
+        "--kl-start",
+        type=number(float, 1),
+        default=4.0,
+        help="times the price at the start of the run, falling to the price at its middle; not with --target-kl",
+    )
+    reward.add_argument(
+        "--kl",
+        choices=("exact", "sampled"),
+        default="exact",
+        help="KL over the vocabulary, or of the sampled token as in [3]",
+    )
+    reward.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
+    reward.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
+
+
+def add_ppo_flags(learning: argparse._ArgumentGroup) -> None:
+    learning.add_argument("--episodes", type=COUNT, default=56_320, help="responses in all")
+    learning.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
+    learning.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
+    learning.add_argument("--ppo-epochs", type=COUNT, default=1, help="K, passes over a batch")
+    learning.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate, falling to 0")
+    learning.add_argument(
+        "--optimizer",
+        choices=("muon", "adam"),
+        default="muon",
+        help="muon learns a small model faster; adam, at a third of the learning rate or less, is [3]'s",
+    )
+    learning.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
+    learning.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
+    learning.add_argument("--value-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
+    learning.add_argument(
+        "--leave-one-out",
+        action="store_true",
+        help="no critic: a value is the mean return of the other --answers to the same query",
+    )
+    learning.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
+    learning.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
+    learning.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
+    learning.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; saves memory")
+    learning.add_argument("--kl-limit", type=POSITIVE, default=20.0, help="warn of a KL above, in nats a response")
