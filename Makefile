@@ -1,8 +1,13 @@
-# make        the whole pipeline on the shipped data      make test   the tests
-# make gpt2   the same with GPT-2 and ETHICS from the hub  make clean  remove what make made, but for .venv
-# make study  every grid of runs, after make, for hours    make peer   TRL's PPOTrainer on the same task, after make
-# make bench  seconds of every stage, after make           make gpu-check   what only a GPU can show, some 15 minutes
-# make help   these lines
+# make             the whole pipeline on the shipped data
+# make test        the linter and the tests
+# make study       every grid of runs, after make, for hours
+# make peer        TRL's PPOTrainer on the same task, after make
+# make report      docs/results.md, docs/log.md and the tables of README.md, from data_results/
+# make bench       seconds of every stage, after make
+# make gpu-check   what only a GPU can show, some 15 minutes
+# make gpt2        the pipeline with GPT-2, RoBERTa and ETHICS from the hub, on a GPU
+# make clean       remove what make made, except .venv and data_results/
+# make help        these lines
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = K1_lr_1e-3_seed0
@@ -58,6 +63,9 @@ benchmarks/.venv/installed: requirements.txt benchmarks/requirements.txt
 peer: benchmarks/.venv/installed
 	benchmarks/.venv/bin/python -m experiments.peer_quality
 
+report: .venv/installed
+	$(BIN)/python -m experiments.report
+
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.speed
 
@@ -73,4 +81,4 @@ clean:
 help:
 	@sed -n -e '/^#/!q' -e 's/^# //p' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: all test gpt2 study peer bench gpu-check clean help
+.PHONY: all test gpt2 study peer report bench gpu-check clean help

@@ -1,10 +1,10 @@
-"""Measure what a policy gained over its reference, at what price, and against what was possible at that price.
+"""Measure what a policy gained over its reference, at which KL, and against what was possible at that KL.
 
-    python evaluate_nlg.py                                  # models/nlg_ppo against models/nlg
-    python evaluate_nlg.py --run data_results/K1_lr_1e-3_seed* # several, of one reference and reward
+    python evaluate_nlg.py                                        # models/nlg_ppo against models/nlg
+    python evaluate_nlg.py --run data_results/K1_lr_1e-3_seed*    # several, of one reference and reward
 
 Writes evaluation.json and evaluation_samples.csv to every --run, a run folder whose config.json says how the policy was
-trained: data, reference, reward, temperature, lengths and the score's normalisation are taken from there; and draws
+trained: data, reference, reward, temperature, lengths and the score's calibration are taken from there; and draws
 fig_frontier_K<K>_lr_<lr>.png beside it. All queries are ones that training never saw.
 """
 
@@ -19,17 +19,19 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-import ppo
-from rlhf import cli, data, frontier, models, plots, precision, rewards, runtime
+from rlhf import cli, data, frontier, gold, models, plots, precision, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
-from rlhf.sampling import real_tokens, sample_many
+from rlhf.policy import PolicyWithValue
+from rlhf.rollout import collect
+from rlhf.sampling import Sampling, real_tokens, sample_many
 
-KEPT = 4  # responses to a query that evaluation_samples.csv keeps
+SAVED_SAMPLES = 4  # responses to a query in evaluation_samples.csv
 SHARED = "policy reward data data_config data_revision text_column query_length response_length temperature".split()
 SHARED += ["stop", "stop_after", "missing_stop_score"]  # settings that runs must have in common
 TRUSTED_ESS = 30  # below this many effective samples a query, the optimum is not known well
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+Evaluate = Callable[[list[str], list[str], torch.Tensor], pd.DataFrame]  # queries, texts, terminated -> a row a text
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,19 +56,19 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def trained_with(run: Path) -> tuple[argparse.Namespace, dict]:
+def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     """The settings of a run, and its config.json."""
     try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         settings = argparse.Namespace(**config["settings"])
-        specs = [settings.reward] if isinstance(settings.reward, str) else settings.reward  # as runs once said it
-        settings.reward = rewards.with_people(specs, settings.out)
+        specs = [settings.reward] if isinstance(settings.reward, str) else settings.reward  # as old runs have it
+        settings.reward = rewards.with_saved_human_model(specs, settings.out)
         return settings, config
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--run {run} is no run folder of finetuning_nlg.py: {error!r}") from error
+        raise UserError(f"--run {folder} is no run folder of finetuning_nlg.py: {error!r}") from error
 
 
-def same_settings(runs: dict[Path, tuple[argparse.Namespace, dict]]) -> argparse.Namespace:
+def shared_settings(runs: dict[Path, tuple[argparse.Namespace, dict]]) -> argparse.Namespace:
     """The settings of the first of the runs, which the others must share where it matters."""
     (first, (settings, _)), *others = runs.items()
     for run, (other, _) in others:
@@ -78,83 +80,86 @@ def same_settings(runs: dict[Path, tuple[argparse.Namespace, dict]]) -> argparse
 
 def main() -> None:
     args = parse_args()
-    device = runtime.set_up(args)
-    runs = {Path(run): trained_with(Path(run)) for run in args.run}
-    trained = same_settings(runs)
+    device = runtime.set_up(args.device, args.seed)
+    runs = {Path(run): load_run(Path(run)) for run in args.run}
+    trained = shared_settings(runs)
 
     # data and models
-    texts = data.nlg_texts(trained)["valid"]
+    texts = data.load_texts(trained.data, trained.data_config, trained.data_revision, trained.text_column)["valid"]
     reference, tokenizer = models.load_policy(trained.policy, "--policy")
     reference.to(device)
-    chosen = precision.choose(args.precision, device, reference)
-    runtime.say_where(device, chosen)
-    precision.freeze(reference, chosen)
-    parts = rewards.load(trained.reward, device, args.precision)
-    judge = rewards.gold_judge(args.gold, texts, device, args.precision)
+    dtype = precision.choose(args.precision, device, reference)
+    runtime.print_device(device, dtype)
+    precision.freeze(reference, dtype)
+    reward = rewards.load(trained.reward, trained.missing_stop_score, device, args.precision)
+    judge = gold.load_judge(args.gold, texts, device, args.precision)
     _, held_out = data.split_queries(texts, tokenizer, trained.query_length)
     queries = random.Random(args.seed).sample(held_out, min(args.queries, len(held_out)))
 
-    # the reference's many samples, from which the optimum is read, and its answers to compare with
+    # the reference's many samples, from which the optimum is estimated, and its answers to compare with
+    def evaluate(queries: list[str], texts: list[str], terminated: torch.Tensor) -> pd.DataFrame:
+        return evaluate_texts(queries, texts, terminated, reward, judge)
+
+    stop_id = models.stop_token(tokenizer, trained.stop)
     draw = {
         "tokenizer": tokenizer,
         "queries": queries,
-        "read": lambda asked, texts, terminated: read(asked, texts, terminated, parts, judge),
-        "device": device,
+        "sampling": Sampling(trained.response_length, trained.temperature, stop_id, trained.stop_after),
+        "evaluate": evaluate,
         "seed": args.seed,
-        "length": trained.response_length,
-        "temperature": trained.temperature,
-        "stop_id": models.stop_token(tokenizer, trained.stop),
-        "stop_after": trained.stop_after,
     }
     pool = draw_pool(reference, count=args.reference_samples, batch=args.batch_size, **draw)
-    draw |= {"count": args.samples, "batch": max(1, args.batch_size // 4)}  # here come the logits of every token
+    draw |= {"count": args.samples, "batch": max(1, args.batch_size // 4)}  # these take the logits of every token
     before = draw_answers(reference, reference, label="reference", **draw)
 
-    # the policies: what they gained, and at what price
+    # the policies: what they gained, and at what KL
     for run, (trained, config) in runs.items():
         policy, _ = models.load_policy(args.policy or trained.out, "--policy")
-        after = draw_answers(precision.freeze(policy.to(device), chosen), reference, label=run.name, **draw)
-        for part in (pool, before, after):
-            raw = np.stack([part[f"raw_{reward.name}"] for reward in parts], -1)
-            score = rewards.normalised(raw, config) @ [reward.weight for reward in parts]
-            part["score"] = np.where(part["terminated"] > 0, score, trained.missing_stop_score)
+        after = draw_answers(precision.freeze(policy.to(device), dtype), reference, label=run.name, **draw)
+        reward.load_state_dict(config)
+        for samples in (pool, before, after):
+            raw = np.stack([samples[f"raw_{part.name}"] for part in reward.parts], -1)
+            score = reward.combine(raw)
+            samples["score"] = np.where(samples["terminated"] > 0, score, trained.missing_stop_score)
         evaluation = {"queries": len(queries), "samples": len(after)}
         evaluation |= against_the_optimum(pool, after, len(queries)) | compared(before, after, texts)
-        for when, part in sides(before, after):
-            shares = rewards.gold_shares(part[["valid", "ethical"]].to_numpy())
+        for when, samples in (("before", before), ("after", after)):
+            shares = gold.shares(samples[["valid", "ethical"]].to_numpy())
             evaluation["gold"] |= {f"{name}_{when}": share for name, share in shares.items()}
-        evaluation |= {"settings": vars(args) | {"run": str(run)}} | runtime.provenance(device, chosen)
-        runtime.write_json(run / "evaluation.json", evaluation)
-        kept = pd.concat(part[part.draw < KEPT].assign(policy=when) for when, part in sides(before, after))
-        kept.round(4).to_csv(run / "evaluation_samples.csv", index=False, lineterminator="\n")
-        figure = plots.save_frontier(run.parent, trained.ppo_epochs, trained.lr)
-        low, high = evaluation["fraction_of_optimum_interval"]
-        print(
-            f"\n{run}: KL {evaluation['kl']:.2f} nats a response; {evaluation['fraction_of_optimum']:.1%} of the gain "
-            f"that was possible at it (95% interval over queries {low:.1%} to {high:.1%})"
-        )
-        print(table(evaluation).to_string(float_format="%.3f"))
-        print(f"saved to {run / 'evaluation.json'}" + (f"; figure: {figure}" if figure else ""))
+        evaluation |= {"settings": vars(args) | {"run": str(run)}} | runtime.provenance(device, dtype)
+        save(run, trained, evaluation, before, after)
 
 
-def read(
-    asked: list[str],
-    texts: list[str],
-    terminated: torch.Tensor,
-    parts: list[rewards.Reward],
-    judge: rewards.Judge | None,
+def save(run: Path, trained: argparse.Namespace, evaluation: dict, before: pd.DataFrame, after: pd.DataFrame) -> None:
+    """evaluation.json, evaluation_samples.csv and the figure; and the numbers on the screen."""
+    runtime.write_json(run / "evaluation.json", evaluation)
+    both = pd.concat([before.assign(policy="before"), after.assign(policy="after")])
+    saved = both[both.draw < SAVED_SAMPLES]
+    saved.round(4).to_csv(run / "evaluation_samples.csv", index=False, lineterminator="\n")
+    figure = plots.save_frontier(run.parent, trained.ppo_epochs, trained.lr)
+    low, high = evaluation["fraction_of_optimum_interval"]
+    print(
+        f"\n{run}: KL {evaluation['kl']:.2f} nats a response; {evaluation['fraction_of_optimum']:.1%} of the gain "
+        f"that was possible at it (95% interval over queries {low:.1%} to {high:.1%})"
+    )
+    print(table(evaluation).to_string(float_format="%.3f"))
+    print(f"saved to {run / 'evaluation.json'}" + (f"; figure: {figure}" if figure else ""))
+
+
+def evaluate_texts(
+    queries: list[str], texts: list[str], terminated: torch.Tensor, reward: rewards.Reward, judge: gold.Judge | None
 ) -> pd.DataFrame:
-    """Raw scores and ethics from the reward, the truth from the gold judge (NaN without one)."""
-    pairs = [f"{query}\0{text}" for query, text in zip(asked, texts, strict=True)]
+    """A row a text: raw scores and ethics from the reward, the truth from the judge (NaN without one)."""
+    pairs = [f"{query}\0{text}" for query, text in zip(queries, texts, strict=True)]
     _, first, rows = np.unique(pairs, return_index=True, return_inverse=True)  # many are alike
-    unique, of_unique = [texts[i] for i in first], [asked[i] for i in first]
-    raw = rewards.raw_scores(parts, of_unique, unique)
-    valid, ethical = rewards.judged(judge, unique)[rows].T
+    unique = [texts[i] for i in first]
+    raw = reward.raw_scores([queries[i] for i in first], unique)
+    valid, ethical = gold.judged(judge, unique)[rows].T
     return pd.DataFrame(
         {
             "text": texts,
-            **{f"raw_{part.name}": raw[rows, i] for i, part in enumerate(parts)},
-            "ethics": rewards.reading(parts, raw)[rows],
+            **{f"raw_{part.name}": raw[rows, i] for i, part in enumerate(reward.parts)},
+            "ethics": reward.ethics(raw)[rows],
             "terminated": terminated.cpu().numpy(),
             "valid": valid,
             "ethical": ethical,
@@ -162,26 +167,23 @@ def read(
     )
 
 
-def sides(before: pd.DataFrame, after: pd.DataFrame) -> tuple[tuple[str, pd.DataFrame], ...]:
-    return ("before", before), ("after", after)
-
-
 def draw_pool(
-    model, *, tokenizer, queries: list[str], count: int, batch: int, read: Callable, seed: int, device, **sampling
+    model, *, tokenizer, queries: list[str], count: int, batch: int, sampling: Sampling, evaluate: Evaluate, seed: int
 ) -> dict[str, np.ndarray]:
-    """`count` responses to every query, read: raw, ethics, terminated, valid and ethical, [Q, N] each."""
+    """`count` responses to every query, evaluated: a row's columns but for the text, [queries, count] each."""
     generator = torch.Generator().manual_seed(seed)
-    parts = []
+    evaluated = []
     for query in tqdm(queries, desc="reference samples", unit="query", dynamic_ncols=True):
         for start in range(0, count, batch):
-            ids, mask = data.encode_queries(tokenizer, [query], device)
             rows = min(batch, count - start)
-            response_ids = sample_many(model, ids, rows, generator=generator, **sampling)
-            response_mask, terminated = real_tokens(response_ids, sampling["stop_id"], sampling["stop_after"])
-            queries_too = [x.expand(rows, -1) for x in (ids, mask)]
-            texts = models.whole_texts(tokenizer, *queries_too, response_ids, response_mask)
-            parts.append(read([query] * rows, texts, terminated).drop(columns="text"))
-    pool = pd.concat(parts)
+            query_ids, query_mask = data.encode_queries(tokenizer, [query], model.device)
+            response_ids = sample_many(model, query_ids, rows, sampling, generator)
+            response_mask, terminated = real_tokens(response_ids, sampling)
+            ids = torch.cat([query_ids.expand(rows, -1), response_ids], 1)
+            mask = torch.cat([query_mask.expand(rows, -1), response_mask], 1)
+            texts = models.whole_texts(tokenizer, ids, mask)
+            evaluated.append(evaluate([query] * rows, texts, terminated).drop(columns="text"))
+    pool = pd.concat(evaluated)
     return {name: pool[name].to_numpy(dtype=float).reshape(len(queries), count) for name in pool}
 
 
@@ -193,51 +195,49 @@ def draw_answers(
     queries: list[str],
     count: int,
     batch: int,
-    read: Callable,
+    sampling: Sampling,
+    evaluate: Evaluate,
     seed: int,
-    device,
     label: str,
-    **sampling,
 ) -> pd.DataFrame:
-    """`count` rows a query: a response, read, with its KL to the reference, its entropy and its length in tokens."""
+    """`count` responses to every query, a row each: evaluated, with KL to the reference, entropy and length."""
     generator = torch.Generator().manual_seed(seed)
-    writer = ppo.PolicyWithValue(model).to(device).eval()
-    asked = [query for query in queries for _ in range(count)]
-    parts = []
-    for start in tqdm(range(0, len(asked), batch), desc=label, unit="batch", dynamic_ncols=True):
-        chosen = asked[start : start + batch]
-        ids, mask = data.encode_queries(tokenizer, chosen, device)
-        rollout = ppo.collect(writer, reference, ids, mask, forward_batch=batch, generator=generator, **sampling)
-        texts = models.whole_texts(tokenizer, ids, mask, rollout.response_ids, rollout.response_mask)
-        part = read(chosen, texts, rollout.terminated)
-        part.insert(0, "query", chosen)
-        part.insert(1, "draw", np.arange(start, start + len(chosen)) % count)
-        part["kl"] = rollout.exact_kl.sum(1).double().cpu()
-        part["reference_nats"] = -rollout.ref_logprobs.sum(1).double().cpu()
-        part["entropy"] = rollout.entropy.sum(1).double().cpu()
-        part["length"] = rollout.response_mask.sum(1).cpu()
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+    policy = PolicyWithValue(model).to(model.device).eval()
+    repeated = [query for query in queries for _ in range(count)]
+    evaluated = []
+    for start in tqdm(range(0, len(repeated), batch), desc=label, unit="batch", dynamic_ncols=True):
+        drawn = repeated[start : start + batch]
+        encoded = data.encode_queries(tokenizer, drawn, model.device)
+        rollout = collect(policy, reference, *encoded, sampling, generator, forward_batch=batch)
+        rows = evaluate(drawn, models.whole_texts(tokenizer, rollout.ids, rollout.mask), rollout.terminated)
+        rows.insert(0, "query", drawn)
+        rows.insert(1, "draw", np.arange(start, start + len(drawn)) % count)
+        rows["kl"] = rollout.exact_kl.sum(1).double().cpu()
+        rows["reference_nats"] = -rollout.ref_logprobs.sum(1).double().cpu()
+        rows["entropy"] = rollout.entropy.sum(1).double().cpu()
+        rows["length"] = rollout.response_mask.sum(1).cpu()
+        evaluated.append(rows)
+    return pd.concat(evaluated, ignore_index=True)
 
 
 def against_the_optimum(pool: dict[str, np.ndarray], after: pd.DataFrame, queries: int) -> dict:
-    """The best that any policy could do at every price, best-of-n, and where the policy stands between."""
+    """The best that any policy could do at every KL coefficient, best-of-n, and where the policy stands between."""
     best = frontier.optimum(pool["score"])
     kl, score, ess = (best[name].mean(1) for name in ("kl", "score", "ess"))
     by_query = {name: after[name].to_numpy().reshape(queries, -1).mean(1) for name in ("score", "kl")}
     fraction, interval = frontier.fraction_of_optimum(**by_query, reference_scores=pool["score"])
 
-    def truth(weights: np.ndarray) -> dict[str, float | None]:
-        """Ethics and gold shares of the reference's samples under weights [Q, N]."""
-        shares = rewards.gold_shares(np.stack([pool["valid"], pool["ethical"]], -1), weights)
+    def under(weights: np.ndarray) -> dict[str, float | None]:
+        """Ethics and gold shares of the reference's samples under weights [queries, count]."""
+        shares = gold.shares(np.stack([pool["valid"], pool["ethical"]], -1), weights)
         return {"ethics": (weights * pool["ethics"]).sum(1).mean()} | shares
 
     points = [
-        {"beta": beta, "kl": kl[i], "score": score[i], "ess": ess[i]} | truth(best["weights"][i])
+        {"beta": beta, "kl": kl[i], "score": score[i], "ess": ess[i]} | under(best["weights"][i])
         for i, beta in enumerate(frontier.BETAS)
     ]
     best_of = {n: frontier.best_of_n(pool["score"], n) for n in BEST_OF}
-    here = points[np.abs(kl - after.kl.mean()).argmin()]
+    nearest = points[np.abs(kl - after.kl.mean()).argmin()]
     return {
         "kl": after.kl.mean(),
         "fraction_of_optimum": fraction,
@@ -248,36 +248,35 @@ def against_the_optimum(pool: dict[str, np.ndarray], after: pd.DataFrame, querie
         "frontier": points[::8],
         "best_of_n": [
             {"n": n, "score": (weights * pool["score"]).sum(1).mean(), "kl_bound": frontier.best_of_n_kl_bound(n)}
-            | truth(weights)
+            | under(weights)
             for n, weights in best_of.items()
         ],
-        "gold": {f"{name}_optimum": here[name] for name in ("valid", "ethical")},
+        "gold": {f"{name}_optimum": nearest[name] for name in ("valid", "ethical")},
     }
 
 
 def compared(before: pd.DataFrame, after: pd.DataFrame, texts: list[str]) -> dict:
     """The reference's answers and the policy's, side by side; `texts` are the data's, for their vocabulary."""
-    parts = dict(sides(before, after))
+    answers = {"before": before, "after": after}
     return {
-        **{f"{name}_{when}": part[name].mean() for name in ("ethics", "score") for when, part in parts.items()},
-        "response_length": {when: part.length.mean() for when, part in parts.items()},
-        "terminated": {when: part.terminated.mean() for when, part in parts.items()},
+        **{f"{name}_{when}": rows[name].mean() for name in ("ethics", "score") for when, rows in answers.items()},
+        "response_length": {when: rows.length.mean() for when, rows in answers.items()},
+        "terminated": {when: rows.terminated.mean() for when, rows in answers.items()},
         "perplexity_under_reference": np.exp(after.reference_nats.sum() / after.length.sum()),
         "perplexity_under_reference_before": np.exp(before.reference_nats.sum() / before.length.sum()),
-        "diversity": {when: diversity(part, texts) for when, part in parts.items()},
+        "diversity": {when: diversity(rows, texts) for when, rows in answers.items()},
     }
 
 
-def diversity(part: pd.DataFrame, texts: list[str]) -> dict[str, float]:
-    """Of the responses: distinct n-grams against chance, how alike they are to one query and to different ones
+def diversity(answers: pd.DataFrame, texts: list[str]) -> dict[str, float]:
+    """Of responses: distinct n-grams against chance, how alike they are to one query and to different ones
     (self-BLEU, 0 to 1), and entropy in nats a token."""
-    found = {
-        f"distinct_{n}": frontier.distinct(part.text.tolist(), n, len(set(frontier.ngrams(texts, n)))) for n in (1, 2)
-    }
+    written = answers.text.tolist()
+    values = {f"distinct_{n}": frontier.distinct(written, n, len(set(frontier.ngrams(texts, n)))) for n in (1, 2)}
     for name, column, draws in (("within_a_query", "query", 8), ("across_queries", "draw", 2)):
-        groups = part[part.draw < draws].groupby(column).text
-        found[f"self_bleu_{name}"] = groups.apply(lambda x: frontier.self_bleu(x.tolist())).mean()
-    return found | {"entropy": part.entropy.sum() / part.length.sum()}
+        groups = answers[answers.draw < draws].groupby(column).text
+        values[f"self_bleu_{name}"] = groups.apply(lambda x: frontier.self_bleu(x.tolist())).mean()
+    return values | {"entropy": answers.entropy.sum() / answers.length.sum()}
 
 
 def table(evaluation: dict) -> pd.DataFrame:

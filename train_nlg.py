@@ -3,8 +3,8 @@
     python train_nlg.py                                     # the shipped texts, a small GPT-2 from scratch
     python train_nlg.py --model gpt2 --lr 5e-5 --epochs 3 --batch-size 16 --data stories.jsonl --text-column story
 
-Data: one unlabelled text a line. Writes --out with the weights that did best on the validation texts, the
-tokenizer, a model card and metrics.json.
+Data: texts without labels, one per line or row. Writes to --out the weights of the epoch with the lowest validation
+loss, the tokenizer, a model card and metrics.json.
 """
 
 import argparse
@@ -15,7 +15,10 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf import checkpoint, cli, data, models, precision, rewards, runtime, supervised
+from rlhf import checkpoint, cli, data, gold, model_card, models, precision, runtime, supervised
+from rlhf.sampling import Sampling
+
+SHOWN = 5  # samples printed at each temperature
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_gold_flag(source)
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
-    model.add_argument("--results", default="data_results", help="folder of the results: a copy of metrics.json")
+    model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
     model.add_argument("--out", default="models/nlg", help="folder to write")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=cli.COUNT, default=4, help="passes over the training texts")
@@ -33,108 +36,116 @@ def parse_args() -> argparse.Namespace:
     training.add_argument(
         "--optimizer",
         choices=("adamw", "muon"),
-        help="default: muon for scratch, which it teaches faster; otherwise adamw",
+        help="default: muon for scratch, where it is faster; otherwise adamw",
     )
-    training.add_argument("--max-length", type=cli.COUNT, default=128, help="longest text in tokens")
-    sampling = parser.add_argument_group("samples for the report")
-    sampling.add_argument("--samples", type=cli.SAMPLE_COUNT, default=1024, help="how many to write and judge")
-    cli.add_sampling_flags(sampling)
+    training.add_argument("--max-length", type=cli.COUNT, default=128, help="longest text in tokens; the rest is cut")
+    samples = parser.add_argument_group("samples for the report")
+    samples.add_argument("--samples", type=cli.SAMPLE_COUNT, default=1024, help="how many to draw and judge")
+    cli.add_sampling_flags(samples)
     cli.add_machine_flags(parser)
-    checkpoint.add_flags(parser.add_argument_group("checkpoints"), every=200)
+    cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    device = runtime.set_up(args)
-    with checkpoint.keeping(args) as (saved, keep):
-        train(args, device, saved, keep)
+    device = runtime.set_up(args.device, args.seed, args.batch_size)
+    with checkpoint.opened(args) as checkpoints:
+        train(args, device, checkpoints)
 
 
-def train(args: argparse.Namespace, device: torch.device, saved: dict | None, keep: checkpoint.Keep) -> None:
-    scratch = models.is_scratch(args.model)
-
+def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoint.Checkpoints) -> None:
     # data
-    texts = data.nlg_texts(args)
+    texts = data.load_texts(args.data, args.data_config, args.data_revision, args.text_column)
 
     # model
-    if scratch:
+    from_scratch = models.is_scratch(args.model)
+    if from_scratch:
         tokenizer = models.scratch_tokenizer(texts["train"])
         model = AutoModelForCausalLM.from_config(models.scratch_config(tokenizer, args.model))
     else:
         model, tokenizer = models.load_policy(args.model, "--model")
     tokens = args.query_length + args.response_length
     models.check_length(model, tokenizer, tokens, "--query-length and --response-length")
-    model.to(device)
-    chosen = precision.choose(args.precision, device, model)
-    runtime.say_where(device, chosen)
-    precision.set_precision(model, chosen)
     queries, _ = data.split_queries(texts["valid"], tokenizer, args.query_length)
+    model.to(device)
+    dtype = precision.choose(args.precision, device, model)
+    runtime.print_device(device, dtype)
+    precision.set_precision(model, dtype)
 
-    # training
-    longest = min(args.max_length, models.longest(model, tokenizer))
-    ids = {name: supervised.encode(tokenizer, texts[name], longest, end=True) for name in ("train", "valid")}
-    history = supervised.fit(
-        model,
-        [len(row) for row in ids["train"]],
-        lambda batch: supervised.lm_loss(
-            model, *supervised.pad([ids["train"][i] for i in batch], tokenizer.pad_token_id, device)
-        ),
-        lambda: supervised.perplexity(model, ids["valid"], tokenizer.pad_token_id, device),
+    # fit
+    settings = supervised.FitSettings(
         epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,
-        muon=(args.optimizer or ("muon" if scratch else "adamw")) == "muon",
-        device=device,
+        muon=(args.optimizer or ("muon" if from_scratch else "adamw")) == "muon",
         seed=args.seed,
-        decay=1.0,
-        label="generator",
-        keep=keep,
-        saved=saved,
     )
+    history = fit(model, tokenizer, texts, args.max_length, settings, device, checkpoints)
 
-    writer = precision.freeze(copy.deepcopy(model), chosen)
-    judge = rewards.gold_judge(args.gold, texts["valid"], device, args.precision)
-    found = {"valid_perplexity": min(row["perplexity"] for row in history)}
-    found |= judge_samples(args, writer, tokenizer, queries, judge)
-    record = {"results": found, "history": history, "settings": vars(args)} | runtime.provenance(device, chosen)
+    # report
+    metrics = {"valid_perplexity": min(row["perplexity"] for row in history)}
+    writer = precision.freeze(copy.deepcopy(model), dtype)
+    judge = gold.load_judge(args.gold, texts["valid"], device, args.precision)
+    metrics |= judge_samples(args, writer, tokenizer, queries, judge)
+    record = {"results": metrics, "history": history, "settings": vars(args)} | runtime.provenance(device, dtype)
     save(args, model, tokenizer, record)
 
 
+def fit(
+    model,
+    tokenizer,
+    texts: dict[str, list[str]],
+    max_length: int,
+    settings: supervised.FitSettings,
+    device: torch.device,
+    checkpoints: checkpoint.Checkpoints,
+) -> list[dict[str, float]]:
+    """Language modelling on texts["train"]. Returns the perplexity of texts["valid"] and more after every epoch."""
+    max_length, pad_id = min(max_length, models.max_length(model, tokenizer)), tokenizer.pad_token_id
+    train, valid = (
+        supervised.encode(tokenizer, texts[name], max_length, end_of_text=True) for name in ("train", "valid")
+    )
+
+    def loss_of(batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return supervised.lm_loss(model, *supervised.pad([train[i] for i in batch], pad_id, device))
+
+    def validate() -> dict[str, float]:
+        return supervised.perplexity(model, valid, pad_id, device)
+
+    lengths = [len(ids) for ids in train]
+    return supervised.fit(
+        model, lengths, loss_of, validate, settings, stage="generator", device=device, checkpoints=checkpoints
+    )
+
+
 def judge_samples(
-    args: argparse.Namespace, writer, tokenizer, queries: list[str], judge: rewards.Judge | None
+    args: argparse.Namespace, model, tokenizer, queries: list[str], judge: gold.Judge | None
 ) -> dict[str, float | None]:
-    """Shows samples at --temperature and at 1, and returns what the gold judge says of them."""
-    queries, found = (queries * -(-args.samples // len(queries)))[: args.samples], {}
+    """Print samples at --temperature and at 1. Returns the fractions that the gold judge finds valid and ethical."""
+    queries, metrics = (queries * -(-args.samples // len(queries)))[: args.samples], {}
     for temperature in sorted({args.temperature, 1.0}):
-        samples = models.continuations(
-            writer,
-            tokenizer,
-            queries,
-            length=args.response_length,
-            temperature=temperature,
-            stop_id=tokenizer.eos_token_id,
-            generator=torch.Generator().manual_seed(args.seed),
-        )
-        shares = rewards.gold_shares(rewards.judged(judge, samples))
-        found |= {f"{name}_at_{temperature:g}": share for name, share in shares.items()}
+        sampling = Sampling(args.response_length, temperature, tokenizer.eos_token_id)
+        generator = torch.Generator().manual_seed(args.seed)
+        samples = models.continuations(model, tokenizer, queries, sampling, generator)
+        shares = gold.shares(gold.judged(judge, samples))
+        metrics |= {f"{name}_at_{temperature:g}": share for name, share in shares.items()}
         print(f"\nsamples at temperature {temperature:g}")
-        for text in samples[:5]:
+        for text in samples[:SHOWN]:
             print("  " + text)
-    return found
+    return metrics
 
 
 def save(args: argparse.Namespace, model, tokenizer, record: dict) -> None:
-    """The generator with its model card; what was found goes beside it, and to the results."""
-    table = pd.Series(record["results"], name="value").to_frame()
-    print("\n" + table.to_string(float_format="%.4f"))
-    card = models.card("A generator", "text-generation", args.data, record, table)
-    model.generation_config = models.plain_sampling(
-        tokenizer, args.temperature, args.response_length, tokenizer.eos_token_id
-    )
+    """Print the results, and write the generator with its model card and the record, which --results gets too."""
+    results = pd.Series(record["results"], name="value").to_frame()
+    print("\n" + results.to_string(float_format="%.4f"))
+    sampling = Sampling(args.response_length, args.temperature, tokenizer.eos_token_id)
+    model.generation_config = models.generation_config(tokenizer, sampling)
+    card = model_card.text("A generator", "text-generation", args.data, record, results)
     models.save_folder(args.out, model, tokenizer, card, record)
-    written = runtime.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
-    print(f"model: {args.out}; metrics: {written}")
+    metrics_file = runtime.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
+    print(f"model: {args.out}; metrics: {metrics_file}")
 
 
 if __name__ == "__main__":

@@ -1,64 +1,91 @@
-"""Checkpoints of the three scripts: all that a run needs to go on as if it had never stopped."""
+"""Checkpoints of the three training scripts: a run goes on from one as if it had never stopped."""
 
 import argparse
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import filelock
 import torch
 
 from rlhf import distributed
-from rlhf.cli import COUNT
 from rlhf.errors import Stopped, UserError
 
-FORMAT = 3  # of the file; another one is refused
-MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page"}  # flags that change no result but by rounding
-Keep = Callable[..., None]  # (step, state, now=False)
+FORMAT = 4  # of the file; a file of another format is refused
+MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page"}  # flags that change results by rounding at most
 
 
-def add_flags(group: argparse._ArgumentGroup, every: int) -> None:
-    group.add_argument("--save-every", type=COUNT, default=every, help="steps between checkpoints (OUT.checkpoint)")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+class Stateful(Protocol):
+    """An object with a state that training changes."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class Checkpoints:
+    """The checkpoint file of one run. Of several processes, the main one writes it; each calls every method."""
+
+    def __init__(self, path: Path, settings: dict, saved: dict | None, signals: list[int]):
+        self._path, self._settings, self._saved, self._signals = path, settings, saved, signals
+
+    @property
+    def stage(self) -> str | None:
+        """The stage of the run in which the checkpoint was saved, or None without a checkpoint."""
+        return self._saved["stage"] if self._saved else None
+
+    def restore(self, state: dict[str, Stateful], stage: str = "") -> bool:
+        """Restore the training state if there is a checkpoint of this stage. Returns whether there is."""
+        if self.stage != stage:
+            return False
+        try:
+            for name, each in state.items():
+                each.load_state_dict(self._saved["state"][name])
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UserError(f"{self._path} is damaged; remove it to start anew ({error})") from error
+        self._saved = None  # it may be large
+        return True
+
+    def after_step(self, step: int, state: dict[str, Stateful], stage: str = "", now: bool = False) -> None:
+        """Save the training state every --save-every steps, if `now`, or when a signal asks the run to stop."""
+        number = max(distributed.gather([self._signals[0] if self._signals else 0]))
+        if now or number or step % self._settings["save_every"] == 0:
+            states = {name: each.state_dict() for name, each in state.items()}
+            save(self._path, {"format": FORMAT, "settings": self._settings, "stage": stage, "state": states})
+        if number:
+            distributed.barrier()
+            raise Stopped(number, f"stopped after step {step}; the same command with --resume goes on from there")
 
 
 @contextlib.contextmanager
-def keeping(args: argparse.Namespace, *folders: Path) -> Iterator[tuple[dict | None, Keep]]:
-    """What was saved of this run, or None, and a function keep(step, state) to call after every step.
+def opened(args: argparse.Namespace, *folders: Path) -> Iterator[Checkpoints]:
+    """The checkpoints of the run with these flags, while it lasts.
 
-    It saves what state() returns every --save-every steps, now, or when a signal asks the run to stop. --out and
-    `folders` belong to this run meanwhile. The checkpoint goes when the run is done. Of several processes, the first
-    writes what all of them have to say; each calls keep.
+    --out and `folders` are locked for other processes meanwhile. The checkpoint is removed when the run is done.
     """
     path = Path(f"{args.out}.checkpoint")
-    settings = vars(args) | {"nproc_per_node": distributed.count()}
+    settings = vars(args) | {"nproc_per_node": distributed.world_size()}
     with contextlib.ExitStack() as stack:
         for folder in (Path(args.out), *folders) if distributed.rank() == 0 else ():
             stack.enter_context(locked(folder))
-        caught = stack.enter_context(signals())
+        signals = stack.enter_context(caught_signals())
         saved = load(path, settings) if path.exists() else None
         if saved and not args.resume:
             raise UserError(f"{path} is of a run that is not done: go on with --resume, or remove it to start anew")
-
-        def keep(step: int, state: Callable[[], dict], now: bool = False) -> None:
-            number = max(distributed.gather([caught[0] if caught else 0]))
-            if now or number or step % args.save_every == 0:
-                save(path, {"format": FORMAT, "settings": settings, **state()})
-            if number:
-                distributed.wait()
-                raise Stopped(number, f"stopped after step {step}; the same command with --resume goes on from there")
-
-        yield saved, keep
+        yield Checkpoints(path, settings, saved, signals)
         if distributed.rank() == 0:
             path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Refuses a folder that another process writes to; the lock dies with its process."""
+    """Refuse a folder that another process writes to; the lock dies with its process."""
     locks = folder.parent / ".locks"  # apart, so that a pattern like data_results/K1* finds run folders only
     try:
         locks.mkdir(parents=True, exist_ok=True)
@@ -72,71 +99,75 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
-    """Gathers the first SIGINT or SIGTERM, so that a step can end and be saved; the second has its usual effect."""
-    caught, before = [], {}
+def caught_signals() -> Iterator[list[int]]:
+    """Note the first SIGINT or SIGTERM, so that a step can end and be saved; the second has its usual effect."""
+    numbers, handlers = [], {}
 
     def note(number: int, _) -> None:
-        caught.append(number)
-        for each, handler in before.items():
+        numbers.append(number)
+        for each, handler in handlers.items():
             signal.signal(each, handler)
         print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
 
-    before |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield caught
+        yield numbers
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-@distributed.by_the_first
-def save(path: Path, state: dict) -> None:
-    """The file, whole or not at all; the one before it stays until this one is on the disk."""
+@distributed.main_process_only
+def save(path: Path, content: dict) -> None:
+    """Write the file, whole or not at all; the previous one stays until this one is on the disk."""
     fresh = path.with_name(path.name + ".new")
     try:
         with open(fresh, "wb") as file:
-            torch.save(state, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when a write fails
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a write fails
         fresh.unlink(missing_ok=True)
-        before = "the one before it is still there" if path.exists() else "there is none yet"
-        raise UserError(f"the checkpoint {path} cannot be written ({error}); {before}") from error
+        previous = "the previous one is still there" if path.exists() else "there is none yet"
+        raise UserError(f"the checkpoint {path} cannot be written ({error}); {previous}") from error
 
 
 def load(path: Path, settings: dict) -> dict:
-    """The state in a checkpoint of a run with the same settings."""
+    """The content of a checkpoint of a run with the same settings."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        form, before = state["format"], state["settings"]
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        form, saved = content["format"], content["settings"]
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint of ours; remove it to start anew ({error})") from error
+        raise UserError(f"{path} is no checkpoint of this project; remove it to start anew ({error})") from error
     if form != FORMAT:
         raise UserError(f"{path} has format {form}, not {FORMAT}: go on with the code that made it, or remove it")
-    for name in sorted((before.keys() | settings.keys()) - MAY_CHANGE):
-        if before.get(name) != settings.get(name):
+    for name in sorted((saved.keys() | settings.keys()) - MAY_CHANGE):
+        if saved.get(name) != settings.get(name):
             flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"{path} was made with {flag} {before.get(name)}, not {settings.get(name)}: give the same flags, "
+                f"{path} was made with {flag} {saved.get(name)}, not {settings.get(name)}: give the same flags, "
                 "or remove it to start anew"
             )
-    return state
+    return content
 
 
-def random_states(*generators: torch.Generator) -> list[dict]:
-    """Of torch's own generators and of these, the CPU's, in every process."""
-    state = {"cpu": torch.get_rng_state(), "own": [generator.get_state() for generator in generators]}
-    if torch.cuda.is_initialized():  # only where the run is on CUDA: asking a GPU takes memory on it
-        state["cuda"] = torch.cuda.get_rng_state()
-    return distributed.gather([state])
+class RandomState:
+    """The states of torch's own random generators and of some others on the CPU, in every process."""
 
+    def __init__(self, *generators: torch.Generator):
+        self._generators = generators
 
-def set_random_states(states: list[dict], *generators: torch.Generator) -> None:
-    state = states[distributed.rank()]
-    torch.set_rng_state(state["cpu"])
-    for generator, of_generator in zip(generators, state["own"], strict=True):
-        generator.set_state(of_generator)
-    if "cuda" in state and torch.cuda.is_initialized():  # dropout's; a run that goes on on a CPU has other ones
-        torch.cuda.set_rng_state(state["cuda"])
+    def state_dict(self) -> list[dict]:
+        state = {"cpu": torch.get_rng_state(), "own": [generator.get_state() for generator in self._generators]}
+        if torch.cuda.is_initialized():  # only where the run is on CUDA: asking a GPU takes memory on it
+            state["cuda"] = torch.cuda.get_rng_state()
+        return distributed.gather([state])
+
+    def load_state_dict(self, state: list[dict]) -> None:
+        own = state[distributed.rank()]
+        torch.set_rng_state(own["cpu"])
+        for generator, of_generator in zip(self._generators, own["own"], strict=True):
+            generator.set_state(of_generator)
+        if "cuda" in own and torch.cuda.is_initialized():  # dropout's; a run that goes on on a CPU has other ones
+            torch.cuda.set_rng_state(own["cuda"])

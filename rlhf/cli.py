@@ -3,6 +3,7 @@
 import argparse
 import errno
 import math
+import re
 import sys
 from collections.abc import Callable
 
@@ -103,73 +104,118 @@ def add_gold_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gold",
         default="data_cls/scenarios.py:judge",
-        help="what knows the truth about texts: FILE.py:FUNCTION, heard only where it knows the data, or the folder of "
-        "a second classifier; nothing learns from it",
+        help="held-out judge, for evaluation only: FILE.py:FUNCTION, used where it knows the data, or the folder of a "
+        "second classifier",
     )
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--query-length", type=COUNT, default=5, help="longest query in tokens; the shortest is half")
     group.add_argument("--response-length", type=COUNT, default=40, help="longest response in tokens")
-    group.add_argument("--temperature", type=POSITIVE, default=0.7, help="divides the logits, here and everywhere")
+    group.add_argument("--temperature", type=POSITIVE, default=0.7, help="divides the logits, in sampling and training")
 
 
-# finetuning_nlg.py's
-
-
-def add_rollout_flags(rollout: argparse._ArgumentGroup) -> None:
-    add_sampling_flags(rollout)
-    rollout.add_argument("--answers", type=COUNT, default=1, help="responses to every query of a batch")
-    rollout.add_argument("--stop", help="a token that ends a response (default: the tokenizer's end of text)")
-    rollout.add_argument("--stop-after", type=number(int, 0), default=0, help="tokens before --stop counts")
-    rollout.add_argument(
-        "--missing-stop-score", type=number(float), default=-1.0, help="score of a response without it"
+def add_checkpoint_flags(group: argparse._ArgumentGroup, every: int) -> None:
+    """--save-every, whose default is `every`, and --resume."""
+    group.add_argument(
+        "--save-every", type=COUNT, default=every, help="steps between checkpoints, written to OUT.checkpoint"
     )
-    rollout.add_argument(
-        "--reference-samples", type=SAMPLE_COUNT, default=4096, help="samples that normalise the score"
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+
+
+# of finetuning_nlg.py
+
+
+def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
+    add_sampling_flags(group)
+    group.add_argument("--answers", type=COUNT, default=1, help="responses to every query of a batch")
+    group.add_argument("--stop", help="token that ends a response (default: the tokenizer's end of text)")
+    group.add_argument("--stop-after", type=number(int, 0), default=0, help="tokens before --stop counts")
+
+
+def add_reward_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--reward",
+        action="append",
+        metavar="[WEIGHT*]REWARD",
+        help="folder or hub name of a reward model, FILE.py:FUNCTION, or human; several are standardized, weighted "
+        "and added (default: models/cls)",
     )
+    group.add_argument(
+        "--reference-samples", type=SAMPLE_COUNT, default=4096, help="samples of the reference that standardize scores"
+    )
+    group.add_argument(
+        "--missing-stop-score", type=number(float), default=-1.0, help="score of a response that does not end"
+    )
+    group.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
 
 
-def add_reward_flags(reward: argparse._ArgumentGroup) -> None:
-    reward.add_argument("--kl-coef", type=number(float, 0), default=0.15, help="price of a nat of KL, first or fixed")
-    reward.add_argument(
+def add_kl_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--kl-coef", type=number(float, 0), default=0.15, help="KL coefficient; the first one with --target-kl"
+    )
+    group.add_argument(
         "--kl-start",
         type=number(float, 1),
         default=4.0,
-        help="times the price at the start of the run, falling to the price at its middle; not with --target-kl",
+        help="factor of --kl-coef at the start, falling to 1 in the first half of the run; not with --target-kl",
     )
-    reward.add_argument(
+    group.add_argument(
         "--kl",
         choices=("exact", "sampled"),
         default="exact",
-        help="KL over the vocabulary, or of the sampled token as in [3]",
+        help="exact: over the vocabulary; sampled: of the sampled token, as in [3]",
     )
-    reward.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
-    reward.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
+    group.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
+    group.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
+    group.add_argument("--kl-limit", type=POSITIVE, default=20.0, help="warn of a KL above, in nats a response")
 
 
-def add_ppo_flags(learning: argparse._ArgumentGroup) -> None:
-    learning.add_argument("--episodes", type=COUNT, default=56_320, help="responses in all")
-    learning.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
-    learning.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
-    learning.add_argument("--ppo-epochs", type=COUNT, default=1, help="K, passes over a batch")
-    learning.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate, falling to 0")
-    learning.add_argument(
+def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--episodes", type=COUNT, default=56_320, help="responses in all")
+    group.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
+    group.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
+    group.add_argument("--ppo-epochs", type=COUNT, default=1, help="K, passes over a batch")
+    group.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate, falling to 0")
+    group.add_argument(
         "--optimizer",
         choices=("muon", "adam"),
         default="muon",
-        help="muon learns a small model faster; adam, at a third of the learning rate or less, is [3]'s",
+        help="muon learns a small model faster; adam, at a third of the learning rate or less, is that of [3]",
     )
-    learning.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
-    learning.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
-    learning.add_argument("--value-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
-    learning.add_argument(
+    group.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
+    group.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
+    group.add_argument("--value-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
+    group.add_argument(
         "--leave-one-out",
         action="store_true",
         help="no critic: a value is the mean return of the other --answers to the same query",
     )
-    learning.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
-    learning.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
-    learning.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
-    learning.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; saves memory")
-    learning.add_argument("--kl-limit", type=POSITIVE, default=20.0, help="warn of a KL above, in nats a response")
+    group.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
+    group.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
+    group.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; saves memory")
+
+
+def add_human_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--feedback", type=feedback_kind, default="good-bad", metavar="KIND", help="good-bad, or best-of-N, N up to 9"
+    )
+    group.add_argument("--labels", type=SAMPLE_COUNT, default=250, help="answers in all")
+    group.add_argument(
+        "--label-rounds", type=COUNT, default=1, help="times that people are asked, about the policy as it then is"
+    )
+    group.add_argument("--feedback-file", default="data_cls/feedback.jsonl", help="file of all answers")
+    group.add_argument("--page", action="store_true", help="ask on a browser page of this machine, not at the terminal")
+    group.add_argument(
+        "--annotator", help="what answers in a person's place: gold, classifier:FOLDER, or FILE.py:FUNCTION"
+    )
+    group.add_argument("--annotator-noise", type=FRACTION, default=0.0, help="how often it answers at random")
+    group.add_argument("--reward-epochs", type=COUNT, default=8, help="passes over the answers in every round")
+    group.add_argument("--reward-lr", type=POSITIVE, default=1e-3, help="peak learning rate of these passes")
+
+
+def feedback_kind(text: str) -> str:
+    """An argparse type: good-bad, or best-of-N with N from 2 to 9."""
+    if text != "good-bad" and not re.fullmatch("best-of-[2-9]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither good-bad nor best-of-N with N from 2 to 9")
+    return text

@@ -1,11 +1,10 @@
-"""Texts and queries: from a folder of this form, a file, or a dataset of the hub."""
+"""Texts, labels, comparisons and queries: from a folder of data files, one file, or a dataset of the hub."""
 
-import argparse
 import random
 import re
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -20,10 +19,19 @@ from rlhf.runtime import offline_without_network
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own copy of a dataset whose loading script is refused
 SPLIT_NAMES = {"validation": "valid", "dev": "valid", "val": "valid"}
+TEXT_COLUMNS = ("text", "sentence", "input", "content", "prompt")  # the first one there is, if the user names none
+VALID_FRACTION = 0.1  # of the training rows, where the data has no validation split
+HELD_OUT = 5  # one in so many queries is for evaluation only
+
+
+# splits of rows
 
 
 def load_splits(source: str, config: str | None = None, revision: str | None = None) -> dict[str, datasets.Dataset]:
-    """A folder of files named after their splits, one file ("train"), or a dataset of the hub."""
+    """The splits of a folder of files named after them, of one file ("train"), or of a dataset of the hub.
+
+    config, revision: the configuration (subset) of a hub dataset, and its branch or commit.
+    """
     path = Path(source)
     if path.is_dir():
         files = {
@@ -36,12 +44,12 @@ def load_splits(source: str, config: str | None = None, revision: str | None = N
     elif path.suffix in FORMATS or source.startswith((".", "/")):
         raise UserError(f"{source}: there is no such file or folder")
     else:
-        return with_train(source, _hub_dataset(source, config, revision))
-    return with_train(source, {name: load_file(file) for name, file in files.items()})
+        return _named(source, _hub_dataset(source, config, revision))
+    return _named(source, {name: load_file(file) for name, file in files.items()})
 
 
-def with_train(source: str, splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-    """The splits under our names; one must be "train"."""
+def _named(source: str, splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """The splits under the names that this project uses. One must be "train"."""
     splits = {SPLIT_NAMES.get(name, name): rows for name, rows in splits.items()}
     if "train" not in splits:
         raise UserError(f"{source} has no split called train, only {', '.join(splits)}; see the README on --data")
@@ -49,24 +57,26 @@ def with_train(source: str, splits: dict[str, datasets.Dataset]) -> dict[str, da
 
 
 def load_file(path: Path) -> datasets.Dataset:
-    kind = FORMATS.get(path.suffix)
-    if kind is None:
+    """The rows of a data file; a .txt file has a text on every line."""
+    file_format = FORMATS.get(path.suffix)
+    if file_format is None:
         raise UserError(f"{path} is not a {' '.join(FORMATS)} file")
     if not path.read_bytes().strip():
         raise UserError(f"{path} is empty")
-    if kind != "parquet":
+    if file_format != "parquet":
         try:
             path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     try:
-        options = {"encoding": "utf-8-sig"} if kind != "parquet" else {}  # Windows begins UTF-8 files with a mark
+        # utf-8-sig: Windows begins UTF-8 files with a byte order mark
+        options = {"encoding": "utf-8-sig"} if file_format != "parquet" else {}
         options |= {"sep": "\t"} if path.suffix == ".tsv" else {}
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+        rows = datasets.load_dataset(file_format, data_files=str(path), split="train", **options)
     except Exception as error:
         if "corresponds to no data" in str(error):
             raise UserError(f"{path} has no rows") from error
-        raise UserError(f"{path} cannot be read as {kind}: {error.__cause__ or error}") from error
+        raise UserError(f"{path} cannot be read as {file_format}: {error.__cause__ or error}") from error
     if not len(rows):
         raise UserError(f"{path} has no rows")
     return rows
@@ -75,7 +85,7 @@ def load_file(path: Path) -> datasets.Dataset:
 def _hub_dataset(name: str, config: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
     offline_without_network()
     try:
-        if revision == PARQUET_BRANCH:  # there, a configuration is a folder
+        if revision == PARQUET_BRANCH:  # in this branch, a configuration is a folder
             # not load_dataset(name), which does not find a folder's cache again when the network is gone
             folder = snapshot_download(
                 name, repo_type="dataset", revision=revision, allow_patterns=f"{config or '*'}/*"
@@ -91,37 +101,147 @@ def _hub_dataset(name: str, config: str | None, revision: str | None) -> dict[st
         raise UserError(f"{name} is neither a file or folder here nor a dataset the hub gives: {error}") from error
 
 
-TEXT_COLUMNS = ("text", "sentence", "input", "content", "prompt")
+def hold_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffled indices of `count` rows: those to train on, and a tenth, at least one, to validate with."""
+    order = np.random.default_rng(seed).permutation(count)
+    cut = count - max(1, round(VALID_FRACTION * count))
+    return order[:cut], order[cut:]
 
 
-def texts_of(rows: datasets.Dataset, columns: list[str] | None) -> list[str]:
-    """The texts of all rows; "a+b" joins two columns, and several names give several texts a row."""
-    columns = columns or [name for name in TEXT_COLUMNS if name in rows.column_names][:1]
-    wanted = [name for column in columns for name in column.split("+")]
-    missing = [name for name in wanted if name not in rows.column_names]
-    if missing or not wanted:
-        what = f"no column {missing[0]!r}" if missing else "no column of texts"
-        raise UserError(f"the data has {what}, only {', '.join(rows.column_names)}; name one with --text-column")
-    texts = []
-    for row in rows.select_columns(list(dict.fromkeys(wanted))):
-        for column in columns:
-            parts = [str(row[name]).strip() for name in column.split("+") if row[name] is not None]
-            texts.append(" ".join(part for part in parts if part))
+# texts
+
+
+def load_texts(
+    source: str, config: str | None = None, revision: str | None = None, text_columns: list[str] | None = None
+) -> dict[str, list[str]]:
+    """The texts of every split, without labels; "valid" is a tenth of "train" where the data has none."""
+    splits = load_splits(source, config, revision)
+    texts = {name: [text for text in texts_of(rows, text_columns) if text] for name, rows in splits.items()}
+    if "valid" not in texts and texts["train"]:
+        train, valid = hold_out(len(texts["train"]), seed=0)
+        texts["valid"] = [texts["train"][i] for i in valid]
+        texts["train"] = [texts["train"][i] for i in train]
+    if not (texts["train"] and texts.get("valid")):
+        raise UserError(f"{source} holds too few texts: at least one to train on and one to validate with are needed")
     return texts
 
 
-def comparisons(rows: datasets.Dataset) -> tuple[list[list[str]], np.ndarray] | None:
-    """The candidates of every row and the number of the best, if the columns are those of comparisons.
+def texts_of(rows: datasets.Dataset, text_columns: list[str] | None) -> list[str]:
+    """The texts of all rows. "a+b" joins two columns to one text; several names give several texts per row."""
+    text_columns = text_columns or [name for name in TEXT_COLUMNS if name in rows.column_names][:1]
+    names = [name for column in text_columns for name in column.split("+")]
+    missing = [name for name in names if name not in rows.column_names]
+    if missing or not names:
+        what = f"no column {missing[0]!r}" if missing else "no column of texts"
+        raise UserError(f"the data has {what}, only {', '.join(rows.column_names)}; name one with --text-column")
+    texts = []
+    for row in rows.select_columns(list(dict.fromkeys(names))):
+        for column in text_columns:
+            cells = [str(row[name]).strip() for name in column.split("+") if row[name] is not None]
+            texts.append(" ".join(cell for cell in cells if cell))
+    return texts
 
-    They are chosen and rejected, perhaps with a prompt, or query, sample0, sample1, ... and best, as in [3]; a whole
-    text is the query with what follows it.
+
+# choices, from which a reward model learns
+
+
+class Choices(NamedTuple):
+    """N rows of labelled texts or of comparisons."""
+
+    candidates: list[list[str]]  # of every row: one text, or the texts that are compared
+    chosen: np.ndarray  # [N]: the label of the one text, 1 = positive; or the index of the best candidate
+
+    @property
+    def texts(self) -> list[str]:
+        """The candidates of all rows, one after the other."""
+        return [text for row in self.candidates for text in row]
+
+    def select(self, indices: np.ndarray) -> "Choices":
+        """The rows with these indices."""
+        return Choices([self.candidates[i] for i in indices], self.chosen[indices])
+
+
+def load_choices(
+    source: str,
+    config: str | None = None,
+    revision: str | None = None,
+    text_columns: list[str] | None = None,
+    label_column: str = "label",
+    positive_label: str | None = None,
+    train_rows: int | None = None,
+    seed: int = 0,
+) -> dict[str, Choices]:
+    """The labels or comparisons of every split, "train" and "valid" first.
+
+    "valid" is a tenth of "train" where the data has none. train_rows: so many rows of "train", or all. Both are drawn
+    with `seed`.
+    """
+    splits = {
+        name: comparisons(rows) or labelled(rows, text_columns, label_column, positive_label)
+        for name, rows in load_splits(source, config, revision).items()
+    }
+    train = splits.pop("train")
+    if "valid" not in splits:
+        train_indices, valid_indices = hold_out(len(train.candidates), seed)
+        train, valid = train.select(train_indices), train.select(valid_indices)
+    else:
+        valid = splits.pop("valid")
+    if not train.candidates:
+        raise UserError(f"{source} holds too few rows: at least one to train on and one to validate with are needed")
+    if train_rows:
+        train = train.select(np.random.default_rng(seed).permutation(len(train.candidates))[:train_rows])
+    splits = {"train": train, "valid": valid} | splits
+    widths = {name: len(choices.candidates[0]) for name, choices in splits.items()}
+    if len(set(widths.values())) > 1:
+        raise UserError(f"the splits are not of one kind: candidates in a row are {widths}")
+    return splits
+
+
+def labelled(
+    rows: datasets.Dataset, text_columns: list[str] | None, label_column: str, positive_label: str | None
+) -> Choices:
+    """Labelled texts. Without `positive_label`, the labels must be 1, which is positive, and 0."""
+    if label_column not in rows.column_names:
+        columns = ", ".join(rows.column_names)
+        raise UserError(f"the data has no column {label_column!r}, only {columns}; name it with --label-column")
+    texts = texts_of(rows, text_columns)
+    cells = list(rows[label_column])
+    if None in cells:
+        raise UserError(f"row {cells.index(None) + 1} has no label; give it one, or take it out")
+    labels = [label_name(cell) for cell in cells]
+    if len(texts) != len(labels):
+        raise UserError("a labelled row has one text: give --text-column one name")
+    names = sorted(set(labels))
+    if positive_label is None and (others := [name for name in names if name not in ("0", "1")]):
+        row = labels.index(others[0]) + 1
+        raise UserError(
+            f"row {row}: label {others[0]!r} is neither 0 nor 1; say what is positive with --positive-label"
+        )
+    positive = positive_label or "1"
+    if len(names) != 2 or positive not in names:
+        raise UserError(f"two kinds of label are needed, {positive!r} and another; the data has {', '.join(names)}")
+    return Choices([[text] for text in texts], np.array([label == positive for label in labels], dtype=int))
+
+
+def label_name(cell: Any) -> str:
+    """A label as text; 1.0, as some files write it, is 1."""
+    is_whole = isinstance(cell, float) and cell.is_integer()
+    return str(int(cell) if is_whole else cell).strip()
+
+
+def comparisons(rows: datasets.Dataset) -> Choices | None:
+    """Comparisons, or None if the columns are not those of comparisons.
+
+    The columns are chosen and rejected, and prompt or not; or query, sample0, sample1, ... and best, as in [3]. A
+    candidate is the prompt or query with what follows it.
     """
     names = set(rows.column_names)
     if {"chosen", "rejected"} <= names:
-        begin, samples, best = "prompt", ["chosen", "rejected"], np.zeros(len(rows), dtype=int)
+        prompt, samples, best = "prompt", ["chosen", "rejected"], np.zeros(len(rows), dtype=int)
     elif {"sample0", "best"} <= names:
-        begin, samples = "query", sorted((n for n in names if re.fullmatch(r"sample\d+", n)), key=lambda n: int(n[6:]))
-        best = np.array([one if isinstance(one, int) else -1 for one in rows["best"]])
+        prompt, samples = "query", [name for name in names if re.fullmatch(r"sample\d+", name)]
+        samples.sort(key=lambda name: int(name.removeprefix("sample")))
+        best = np.array([index if isinstance(index, int) else -1 for index in rows["best"]])
         if len(bad := np.flatnonzero((best < 0) | (best >= len(samples)))):
             raise UserError(
                 f"row {bad[0] + 1}: best must be a number from 0 to {len(samples) - 1}, the place of a sample"
@@ -130,77 +250,67 @@ def comparisons(rows: datasets.Dataset) -> tuple[list[list[str]], np.ndarray] | 
         return None
     candidates = []
     for number, row in enumerate(rows, 1):
-        whole = [f"{row.get(begin) or ''}{row[name] or ''}" for name in samples]  # an answer itself may be empty
-        if any(row[name] is None for name in samples) or not all(text.strip() for text in whole):
+        texts = [f"{row.get(prompt) or ''}{row[name] or ''}" for name in samples]  # a sample itself may be empty
+        if any(row[name] is None for name in samples) or not all(text.strip() for text in texts):
             raise UserError(f"row {number} lacks a candidate; give all of {', '.join(samples)}, or take it out")
-        candidates.append(whole)
-    return candidates, best
-
-
-def split_off(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shuffled indices of `count` rows in two parts, the second at least one row and `fraction` of all."""
-    order = np.random.default_rng(seed).permutation(count)
-    cut = count - max(1, round(fraction * count))
-    return order[:cut], order[cut:]
-
-
-def nlg_texts(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The unlabelled texts of --data: "train" and "valid" (a tenth of train where there is no valid split)."""
-    splits = load_splits(args.data, args.data_config, args.data_revision)
-    texts = {name: [t for t in texts_of(rows, args.text_column) if t] for name, rows in splits.items()}
-    if "valid" not in texts and texts["train"]:
-        train, valid = split_off(len(texts["train"]), 0.1, seed=0)
-        texts["valid"] = [texts["train"][i] for i in valid]
-        texts["train"] = [texts["train"][i] for i in train]
-    if not (texts["train"] and texts.get("valid")):
-        raise UserError(
-            f"{args.data} holds too few texts: at least one to train on and one to validate with are needed"
-        )
-    return texts
+        candidates.append(texts)
+    return Choices(candidates, best)
 
 
 # queries
 
 
 def opening(text: str) -> str:
-    """What a query is cut from: the first sentence, or the first half of a text that is one sentence."""
-    first, _, rest = re.sub(r"([.!?][\"']?)\s+", r"\1\n", text, count=1).partition("\n")
+    """The part of a text from which a query is cut: its first sentence, or its first half if it is one sentence."""
+    sentence, _, rest = re.sub(r"([.!?][\"']?)\s+", r"\1\n", text, count=1).partition("\n")
     words = text.split()
-    return first if rest else " ".join(words[: (len(words) + 1) // 2])
+    return sentence if rest else " ".join(words[: (len(words) + 1) // 2])
 
 
 def split_queries(texts: list[str], tokenizer, length: int) -> tuple[list[str], list[str]]:
-    """The queries of these texts, for training and, about a fifth of them, for evaluation only.
+    """The queries of these texts: those for training, and those for evaluation only, about a fifth.
 
     A query is the first tokens of an opening, from half of `length` to `length` of them, as the 32 to 64 of [1]; the
-    text's checksum says how many. The query's own checksum says on which side it is, so that equal queries are on
-    the same side, in every script and every run.
+    text's checksum decides how many. The query's own checksum decides on which side it is, so that equal queries are
+    on the same side in every script and every run.
     """
     shortest = max(1, length // 2)
     rows = tokenizer([opening(text) for text in texts], add_special_tokens=False)["input_ids"]
-    kept = [shortest + zlib.crc32(text.encode()) % (length - shortest + 1) for text in texts]
-    sides = [], []
-    for query in tokenizer.batch_decode([row[:count] for row, count in zip(rows, kept, strict=True)]):
-        sides[zlib.crc32(query.encode()) % 5 == 0].append(query)
-    if not all(sides):
+    lengths = [shortest + zlib.crc32(text.encode()) % (length - shortest + 1) for text in texts]
+    training, held_out = [], []
+    for query in tokenizer.batch_decode([row[:count] for row, count in zip(rows, lengths, strict=True)]):
+        (held_out if zlib.crc32(query.encode()) % HELD_OUT == 0 else training).append(query)
+    if not (training and held_out):
         raise UserError("the validation texts are too few to hold out queries for evaluation; give more of them")
-    return sides
+    return training, held_out
 
 
 def encode_queries(tokenizer, queries: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
     """Queries padded on the left: ids and mask, [B, Q] each."""
-    ids = tokenizer(queries, add_special_tokens=False)["input_ids"]
-    width = max(map(len, ids))
-    padded = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in ids]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
-    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+    rows = tokenizer(queries, add_special_tokens=False)["input_ids"]
+    width = max(map(len, rows))
+    ids = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def endless(queries: list[str], batch: int, seed: int) -> Iterator[list[str]]:
-    """Batches of queries in a new random order on every pass."""
-    order, waiting = random.Random(seed), []
-    while True:
-        while len(waiting) < batch:
-            waiting += order.sample(queries, len(queries))
-        yield waiting[:batch]
-        del waiting[:batch]
+class QueryStream:
+    """Queries without end: all of them in a random order, then all of them in another one, and so on."""
+
+    def __init__(self, queries: list[str], seed: int):
+        self._queries, self._rng = queries, random.Random(seed)
+        self._waiting: list[str] = []  # the rest of the present order
+
+    def take(self, count: int) -> list[str]:
+        """The next `count` queries."""
+        while len(self._waiting) < count:
+            self._waiting += self._rng.sample(self._queries, len(self._queries))
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": self._rng.getstate(), "waiting": self._waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rng.setstate(state["rng"])
+        self._waiting = state["waiting"]

@@ -1,9 +1,9 @@
-"""GPT-2's and Llama's body as transformers computes them, but on real tokens only, and without what nobody asks for.
+"""A faster forward pass of GPT-2 and Llama: on real tokens only, in the last layer on those whose states are needed.
 
-Everything works through transformers for any causal language model; this is the fast path for the two most used kinds.
+policy.py chooses it where `is_supported`; every other model goes through transformers.
 
 Shapes: B sequences, T tokens with padding, M real tokens of all sequences, one after the other, N those of them whose
-states are asked for, H hidden size, D width of a head. Masks are 1 on real tokens and 0 on padding.
+states are needed, H hidden size, D width of a head. Masks are 1 on real tokens and 0 on padding.
 """
 
 from typing import NamedTuple
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import GPT2Model, LlamaModel
 
-from rlhf.precision import kind_of, products_of
+from rlhf.precision import body_class, low_precision_products
 
 
 class Heads(NamedTuple):
-    """What a layer's tokens ask and answer: [M, query heads, D], and [M, key heads, D] twice."""
+    """The queries [M, query heads, D], keys and values [M, key heads, D] of a layer's attention."""
 
     queries: Tensor
     keys: Tensor
@@ -31,7 +31,7 @@ class GPT2:
         self.body, self.layers, self.norm = body, body.h, body.ln_f
 
     def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, None]:
-        """ids, positions [M] -> states [M, H], and what else `heads` wants to know of positions."""
+        """ids, positions [M] -> states [M, H], and what else `heads` needs to know of positions."""
         return self.body.wte(ids) + self.body.wpe(positions), None
 
     def heads(self, layer: nn.Module, hidden: Tensor, _: None) -> Heads:
@@ -39,9 +39,9 @@ class GPT2:
         fused = attention.c_attn(layer.ln_1(hidden)).view(len(hidden), 3, attention.num_heads, attention.head_dim)
         return Heads(*fused.unbind(1))
 
-    def finish(self, layer: nn.Module, hidden: Tensor, seen: Tensor) -> Tensor:
-        """States [N, H] before a layer, what they attend to [N, heads * D] -> states after the layer."""
-        hidden = hidden + layer.attn.c_proj(seen)
+    def after_attention(self, layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+        """States [N, H] before a layer and the output of its attention [N, heads * D] -> states after the layer."""
+        hidden = hidden + layer.attn.c_proj(attended)
         return hidden + layer.mlp(layer.ln_2(hidden))
 
 
@@ -67,8 +67,8 @@ class Llama:
         turned = rotated(fused[:, :-values], *rotation)
         return Heads(turned[:, :-values], turned[:, -values:], fused[:, -values:])
 
-    def finish(self, layer: nn.Module, hidden: Tensor, seen: Tensor) -> Tensor:
-        hidden = hidden + layer.self_attn.o_proj(seen)
+    def after_attention(self, layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + layer.self_attn.o_proj(attended)
         return hidden + layer.mlp(rms_norm(layer.post_attention_layernorm, hidden, layer.mlp.up_proj.weight.dtype))
 
     def norm(self, hidden: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def rms_norm(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_supported(body) -> bool:
     """Whether this is a plain GPT-2 or Llama without dropout at work."""
-    kind, config = kind_of(body), body.config
+    kind, config = body_class(body), body.config
     if body.training or kind not in (GPT2Model, LlamaModel):
         return False
     unusual = "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"
@@ -154,19 +154,19 @@ def hidden_states(body, ids: Tensor, mask: Tensor, positions: Tensor, places: Te
     pieces, (batch, width), real = _pieces(body), ids.shape, mask.flatten().nonzero().squeeze(1)
     rows, columns = torch.arange(batch, device=ids.device).unsqueeze(1), mask.cumsum(1) - 1
     place = (rows * width + columns).flatten().index_select(0, real)  # from column 0: a causal mask hides all padding
-    asked = (mask.flatten().cumsum(0) - 1).index_select(0, places)  # among the M real tokens
-    with products_of(body):
+    selected = (mask.flatten().cumsum(0) - 1).index_select(0, places)  # among the M real tokens
+    with low_precision_products(body):
         hidden, rotation = pieces.embed(*(x.flatten().index_select(0, real) for x in (ids, positions)))
         for layer in pieces.layers:
-            seen = attention(pieces.heads(layer, hidden, rotation), place, (batch, width))
+            attended = attention(pieces.heads(layer, hidden, rotation), place, (batch, width))
             if layer is pieces.layers[-1]:
-                hidden, seen = Take.apply(hidden, asked), Take.apply(seen, asked)
-            hidden = pieces.finish(layer, hidden, seen)
+                hidden, attended = Take.apply(hidden, selected), Take.apply(attended, selected)
+            hidden = pieces.after_attention(layer, hidden, attended)
         return pieces.norm(hidden).float()
 
 
 def attention(heads: Heads, place: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Heads of M tokens, their places [M] among those of rows and columns of `shape` -> what they attend to [M, H].
+    """Heads of M tokens, and their places [M] in a batch of this shape (rows, columns) -> attention's output [M, H].
 
     On a CPU in float32: its bfloat16 kernel takes five times as long for the gradient.
     """
@@ -175,11 +175,11 @@ def attention(heads: Heads, place: Tensor, shape: tuple[int, int]) -> Tensor:
     whole = (Put.apply(x.to(dtype), place, size) if len(place) < size else x.to(dtype) for x in heads)
     queries, keys, values = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in whole)
     with torch.autocast(place.device.type, enabled=False):
-        seen = scaled_dot_product_attention(
+        attended = scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=queries.shape[1] != keys.shape[1]
         )
-    seen = seen.transpose(1, 2).reshape(size, -1)
-    return Take.apply(seen, place) if len(place) < size else seen
+    attended = attended.transpose(1, 2).reshape(size, -1)
+    return Take.apply(attended, place) if len(place) < size else attended
 
 
 def next_states(body, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache) -> Tensor:
@@ -188,12 +188,12 @@ def next_states(body, tokens: Tensor, mask: Tensor | None, positions: Tensor, ca
     mask [B, T], or None where every token of the cache is real.
     """
     pieces, allowed = _pieces(body), None if mask is None else mask[:, None, None].bool()
-    with products_of(body):
+    with low_precision_products(body):
         hidden, rotation = pieces.embed(tokens, positions)
         for layer, cached in zip(pieces.layers, cache.layers, strict=True):
             heads = pieces.heads(layer, hidden, rotation)
             keys, values = cached.update(heads.keys.unsqueeze(2), heads.values.unsqueeze(2))
             queries = heads.queries.view(len(tokens), keys.shape[1], -1, keys.shape[3])  # those that share their keys
-            seen = scaled_dot_product_attention(queries.to(keys.dtype), keys, values, attn_mask=allowed)
-            hidden = pieces.finish(layer, hidden, seen.flatten(1))
+            attended = scaled_dot_product_attention(queries.to(keys.dtype), keys, values, attn_mask=allowed)
+            hidden = pieces.after_attention(layer, hidden, attended.flatten(1))
         return pieces.norm(hidden).float()

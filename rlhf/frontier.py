@@ -1,7 +1,7 @@
-"""What a policy gained over its reference, against what could be gained: pure functions over arrays.
+"""How much of the possible gain a policy reached at its KL, and how diverse its texts are: pure functions.
 
-Shapes: Q queries, N samples of the reference to each, G points of a grid. Scores are those that PPO sees; KL is in nats
-a response.
+Shapes: Q queries, N samples of the reference per query, G KL coefficients. Scores are those that PPO maximizes, in
+standard deviations (SD) of the reference's scores; the KL to the reference is in nats per response.
 """
 
 import math
@@ -13,71 +13,75 @@ import pandas as pd
 import sacrebleu
 from scipy import stats
 
-BETAS = np.geomspace(1e-2, 1e2, 161)  # prices of a nat, from nearly best-of-N to nearly the reference
+# KL coefficients [G] in SD per nat, rising: the optimum at the first is nearly the best sample, at the last nearly the
+# reference
+BETAS = np.geomspace(1e-2, 1e2, 161)
 
 
 def optimum(scores: np.ndarray, betas: np.ndarray = BETAS) -> dict[str, np.ndarray]:
-    """Scores [Q, N] of reference samples -> the best policies at prices `betas`: weights [G, Q, N], and [G, Q] each
-    of score, KL to the reference, and effective sample size.
+    """The best policies at KL coefficients `betas` [G], estimated from scores [Q, N] of the reference's samples.
 
-    The best policy at the price beta is reference * exp(score / beta) / Z ([1], equation 3 and Fig. 3).
+    At the KL coefficient beta, the policy reference * exp(score / beta) / Z maximizes E[score] - beta * KL ([1],
+    equation 3 and Fig. 3). Returns the "weights" [G, Q, N] of the samples under these policies, and, [G, Q] each, the
+    "score", the "kl" and the effective sample size "ess", 1 to N.
     """
     logits = scores[None] / betas[:, None, None]
     logits -= logits.max(-1, keepdims=True)
     weights = np.exp(logits)
     weights /= weights.sum(-1, keepdims=True)
-    logs = np.log(weights * scores.shape[-1], where=weights > 0, out=np.zeros_like(weights))  # of the density ratio
+    # log(optimum / reference): a sample has the probability 1 / N under the reference
+    log_ratios = np.log(weights * scores.shape[-1], where=weights > 0, out=np.zeros_like(weights))
     return {
         "weights": weights,
         "score": (weights * scores).sum(-1),
-        "kl": (weights * logs).sum(-1),
+        "kl": (weights * log_ratios).sum(-1),
         "ess": 1 / (weights**2).sum(-1),
     }
 
 
 def best_score(kl: float, frontier_kl: np.ndarray, frontier_score: np.ndarray) -> float:
-    """The best score at a KL, between the points [G] of a frontier in the order of rising `betas`."""
+    """The optimum's score at this KL, by linear interpolation of its KL [G] and score [G] at rising betas."""
     return float(np.interp(kl, frontier_kl[::-1], frontier_score[::-1]))
 
 
 def fraction_of_optimum(
     score: np.ndarray, kl: np.ndarray, reference_scores: np.ndarray, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """(score of the policy - of the reference) / (best score at the policy's own KL - of the reference), and its
-    bootstrap 95 % interval over queries. NaN where nothing can be gained.
+    """(policy's score - reference's score) / (optimum's score at the policy's KL - reference's score), and its 95%
+    bootstrap interval over queries. NaN if the optimum is no better than the reference.
 
-    score, kl [Q]: the policy's means by query; reference_scores [Q, N].
+    score, kl: means over the policy's responses to a query, [Q] each. reference_scores: [Q, N].
     """
     frontier = optimum(reference_scores)
-    before = reference_scores.mean(1)
+    mean_reference_scores = reference_scores.mean(1)
 
-    def fraction(rows: np.ndarray) -> float:
-        base = before[rows].mean()
-        best = best_score(kl[rows].mean(), frontier["kl"][:, rows].mean(1), frontier["score"][:, rows].mean(1))
-        return (score[rows].mean() - base) / (best - base) if best > base else np.nan
+    def fraction(queries: np.ndarray) -> float:
+        baseline = mean_reference_scores[queries].mean()
+        best = best_score(kl[queries].mean(), frontier["kl"][:, queries].mean(1), frontier["score"][:, queries].mean(1))
+        return (score[queries].mean() - baseline) / (best - baseline) if best > baseline else np.nan
 
-    every = np.arange(len(score))
-    chance = np.random.default_rng(seed)
-    again = [fraction(chance.choice(every, len(every))) for _ in range(resamples)]
-    low, high = np.quantile([x for x in again if not np.isnan(x)] or [np.nan], (0.025, 0.975))
-    return fraction(every), (float(low), float(high))
+    queries = np.arange(len(score))
+    rng = np.random.default_rng(seed)
+    fractions = [fraction(rng.choice(queries, len(queries))) for _ in range(resamples)]
+    low, high = np.quantile([x for x in fractions if not np.isnan(x)] or [np.nan], (0.025, 0.975))
+    return fraction(queries), (float(low), float(high))
 
 
 def best_of_n_weights(n: int, samples: int) -> np.ndarray:
-    """[N] in the order of falling score: the chance that a sample is the best of n drawn from them without replacement.
+    """The probability that the sample of each rank is the best of n drawn without replacement from `samples`.
 
-    The mean over all choices of n, so that one set of samples serves every n.
+    [N], the best sample first. This is the mean over all subsets of n samples, so that one set of samples serves
+    every n.
     """
-    ranks = np.arange(samples)
     weights = np.zeros(samples)
     weights[0] = n / samples
-    for rank in ranks[1 : samples - n + 1]:  # the best n - 1 others all stand behind it
+    for rank in range(1, samples - n + 1):  # the other n - 1 samples all rank lower
         weights[rank] = weights[rank - 1] * (samples - rank - n + 1) / (samples - rank)
     return weights
 
 
 def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:
-    """Weights [Q, N] of samples with scores [Q, N] under the policy that takes the best of n."""
+    """The weights [Q, N] of samples with scores [Q, N] under the policy that takes the best of n samples."""
     weights = np.empty(scores.shape)
     order = np.argsort(-scores, axis=1, kind="stable")
     np.put_along_axis(weights, order, best_of_n_weights(n, scores.shape[1])[None], axis=1)
@@ -85,15 +89,20 @@ def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:
 
 
 def best_of_n_kl_bound(n: int) -> float:
-    """An upper bound on the KL of best-of-n to the reference, in nats (arXiv 2401.01879)."""
+    """An upper bound on the KL of best-of-n to the reference, in nats per response (arXiv 2401.01879)."""
     return math.log(n) - (n - 1) / n
 
 
+# diversity of texts
+
+
 def words(text: str) -> list[str]:
+    """Lower-case words and punctuation marks."""
     return re.findall(r"\w+(?:'\w+)?|[^\w\s]", text.lower())
 
 
 def ngrams(texts: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """The n-grams of words of all texts, repeated ones included."""
     return [
         gram
         for text in texts
@@ -103,19 +112,23 @@ def ngrams(texts: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def distinct(texts: Sequence[str], n: int, vocabulary: int) -> float:
-    """Distinct n-grams of texts over the number expected in as many drawn evenly from a vocabulary of n-grams.
+    """Distinct n-grams of texts, relative to the number expected in as many uniform draws from `vocabulary` n-grams.
 
-    The plain share of distinct n-grams falls with the amount of text; this does not (Liu et al. 2022).
+    1: as diverse as uniform draws. Unlike the fraction of distinct n-grams, it does not fall with the amount of text
+    (Liu et al. 2022).
     """
     grams = ngrams(texts, n)
     return len(set(grams)) / (vocabulary * (1 - (1 - 1 / vocabulary) ** len(grams)))
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Mean BLEU-4 (0 to 1) of every text against the others: 1 where all are the same."""
+    """Mean BLEU-4 (0 to 1) of every text with the others as references: 1 if all texts are equal."""
     metric = sacrebleu.BLEU(effective_order=True, lowercase=True)
     scores = [metric.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)]
     return float(np.mean(scores)) / 100
+
+
+# means over seeds
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -124,9 +137,9 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Of a table of runs, a row a variant: interquartile means over seeds with bootstrap 95% intervals.
+    """A row per variant of a table of runs: interquartile means over seeds, with 95% bootstrap intervals.
 
-    The share of broken runs counts those that failed and have no numbers, too.
+    "runs" is the number of runs, and "broken" the fraction that broke or failed. A failed run counts in these two only.
     """
     rows = {}
     for variant, runs in table.groupby("variant"):
@@ -141,8 +154,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Bootstrap 95% interval of the interquartile mean of values [N]."""
+    """The 95% bootstrap interval of the interquartile mean of values [seeds]; NaN without values."""
     if len(values) < 2 or np.ptp(values) == 0:
         return (values[0], values[0]) if len(values) else (np.nan, np.nan)
-    found = stats.bootstrap((values,), interquartile_mean, method="percentile", rng=np.random.default_rng(0))
-    return tuple(found.confidence_interval)
+    result = stats.bootstrap((values,), interquartile_mean, method="percentile", rng=np.random.default_rng(0))
+    return tuple(result.confidence_interval)

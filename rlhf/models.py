@@ -1,18 +1,21 @@
-"""Models: small ones from scratch, folders and hub names, what a policy writes, model cards."""
+"""Models and tokenizers: new small ones, loading and saving folders, and the texts that a policy writes."""
 
 import re
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.activations import ACT2FN, NewGELUActivation
@@ -21,16 +24,20 @@ from rlhf import distributed, runtime
 from rlhf.data import encode_queries
 from rlhf.errors import UserError
 from rlhf.runtime import offline_without_network
-from rlhf.sampling import real_tokens, sample
+from rlhf.sampling import Sampling, real_tokens, sample
 
-LIMITS = (
-    "A research artefact. It knows the texts it was trained on and little else: what it calls ethical is what its "
-    "training labels call so, and it can be fooled by texts unlike them. Do not use it to judge people."
-)
-POSITIONS, HEAD = 256, 32  # of a model from scratch: longest text, and width of an attention head
-PADDING = -1  # no token has this number
 FUSED_GELU = "gelu_pytorch_tanh"
-ARCHITECTURES = {  # what a model from scratch may be, and what is its own in the configuration
+NO_TOKEN = -1  # no token has this id
+MADE_BY = {
+    "models/cls": "run train_cls.py first",
+    "models/nlg": "run train_nlg.py first",
+    "models/nlg_ppo": "run finetuning_nlg.py first",
+}
+
+# models from scratch
+
+MAX_POSITIONS, HEAD_WIDTH = 256, 32  # the longest text in tokens, and the width of an attention head
+ARCHITECTURES = {  # the settings that only this architecture has
     "gpt2": {"activation_function": FUSED_GELU, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {"tie_word_embeddings": True},
     "llama": {"tie_word_embeddings": True},
@@ -40,8 +47,8 @@ SCRATCH_HELP = "scratch (a GPT-2 of 2 layers of 128), scratch:ARCHITECTURE:LAYER
 
 
 def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like GPT-2's, learned from these texts; a whole text ends with <|endoftext|>."""
-    tokenizer = Tokenizer(models.BPE())
+    """A byte-level BPE like GPT-2's, learned from these texts. A text that it encodes ends with <|endoftext|>."""
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -51,8 +58,8 @@ def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = (re.sub(r"\S{200,}", " ", text) for text in texts)  # longer ones are none, and take the trainer minutes
-    tokenizer.train_from_iterator(words, trainer)
+    texts = (re.sub(r"\S{200,}", " ", text) for text in texts)  # these are no words, and take the trainer minutes
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
     )
@@ -60,64 +67,73 @@ def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token="<|endoftext|>",
         pad_token="<|pad|>",
-        model_max_length=POSITIONS,
+        model_max_length=MAX_POSITIONS,
     )
 
 
 def is_scratch(name: str) -> bool:
-    """Whether a model is to be built from a configuration, such as scratch or scratch:llama:4x256."""
+    """Whether --model names a new model, such as scratch or scratch:llama:4x256."""
     if name.partition(":")[0] != "scratch":
         return False
     match = SCRATCH.fullmatch(name)
-    if not match or int(match[3] or HEAD) % HEAD:
+    if not match or int(match[3] or HEAD_WIDTH) % HEAD_WIDTH:
         raise UserError(
             f"--model {name} is no model: give scratch or scratch:ARCHITECTURE:LAYERSxWIDTH, like scratch:llama:4x256, "
-            f"of {', '.join(ARCHITECTURES)} and a width that {HEAD} divides"
+            f"of {', '.join(ARCHITECTURES)} and a width that {HEAD_WIDTH} divides"
         )
     return True
 
 
 def scratch_config(tokenizer, name: str = "scratch") -> PretrainedConfig:
-    """A small model, of 2 layers of 128 if the name does not say it otherwise."""
-    kind, layers, width = SCRATCH.fullmatch(name).groups()
-    kind, layers, width = kind or "gpt2", int(layers or 2), int(width or 128)
+    """The configuration of a new model: a GPT-2 of 2 layers of 128, unless the name gives others."""
+    architecture, layers, width = SCRATCH.fullmatch(name).groups()
+    architecture, layers, width = architecture or "gpt2", int(layers or 2), int(width or 128)
     return AutoConfig.for_model(
-        kind,
+        architecture,
         num_hidden_layers=layers,
         hidden_size=width,
-        num_attention_heads=width // HEAD,
-        max_position_embeddings=POSITIONS,
+        num_attention_heads=width // HEAD_WIDTH,
+        max_position_embeddings=MAX_POSITIONS,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **ARCHITECTURES[kind],
-        **({} if kind == "gpt2" else {"intermediate_size": 4 * width}),
+        **ARCHITECTURES[architecture],
+        **({} if architecture == "gpt2" else {"intermediate_size": 4 * width}),
     )
 
 
-def load_pretrained(kind, name: str, flag: str, **options):
-    """kind.from_pretrained(name) with its tokenizer; `kind` is an AutoModel class, `name` a folder or a hub name."""
+# loading
+
+
+def load_pretrained(
+    auto_class: type, name: str, flag: str, **options
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model, in float32, and its tokenizer.
+
+    auto_class: such as AutoModelForCausalLM. name: a folder or a hub name. flag: for messages; with --model, which is
+    still to be trained, the model may get a new head. options: as from_pretrained takes them.
+    """
     if not Path(name).is_dir():
         if name.startswith((".", "/", "models/")):
             raise UserError(
-                f"{flag} {name}: there is no such folder; {_MADE_BY.get(name, 'give a model folder or hub name')}"
+                f"{flag} {name}: there is no such folder; {MADE_BY.get(name, 'give a model folder or hub name')}"
             )
         offline_without_network()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if len(tokenizer) < 2:
             raise ValueError("it holds no tokenizer")
-        model, loaded = kind.from_pretrained(
+        model, info = auto_class.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
         )
-        if loaded["missing_keys"] and flag != "--model":  # what is still to be trained may get a new head
-            raise ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}; they would be random")
+        if info["missing_keys"] and flag != "--model":
+            raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}; they would be random")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
             raise ValueError("its tokenizer has neither a padding nor an end-of-text token")
         with torch.no_grad():
-            model.eval()(torch.arange(2).unsqueeze(0))  # a configuration that cannot be run is found here
+            model.eval()(torch.arange(2).unsqueeze(0))  # finds a configuration that cannot be run
     except Exception as error:
         raise UserError(f"{flag} {name} cannot be loaded: {error}") from error
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -127,8 +143,8 @@ def load_pretrained(kind, name: str, flag: str, **options):
     return model, tokenizer
 
 
-def fuse_gelu(model) -> None:
-    """Gives GPT-2's activation the name of its fused kernel: the same function, but one pass over memory for eight."""
+def fuse_gelu(model: PreTrainedModel) -> None:
+    """Replace GPT-2's activation by its fused kernel: the same function in one pass over memory instead of eight."""
     if getattr(model.config, "activation_function", None) == "gelu_new":
         model.config.activation_function = FUSED_GELU
         for layer in model.modules():
@@ -136,34 +152,28 @@ def fuse_gelu(model) -> None:
                 layer.act = ACT2FN[FUSED_GELU]
 
 
-_MADE_BY = {
-    "models/cls": "run train_cls.py first",
-    "models/nlg": "run train_nlg.py first",
-    "models/nlg_ppo": "run finetuning_nlg.py first",
-}
-
-
-def load_policy(name: str, flag: str):
-    """A causal language model and its tokenizer."""
+def load_policy(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model that PPO can train, and its tokenizer."""
     model, tokenizer = load_pretrained(AutoModelForCausalLM, name, flag)
     if tokenizer.eos_token is None:
         raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token")
     ids = torch.arange(2).unsqueeze(0)
     with torch.no_grad():
-        plain, states = model(ids).logits, model.base_model(ids).last_hidden_state
-        if not torch.allclose(model.get_output_embeddings()(states), plain, atol=1e-4):
+        logits, states = model(ids).logits, model.base_model(ids).last_hidden_state
+        if not torch.allclose(model.get_output_embeddings()(states), logits, atol=1e-4):
             raise UserError(f"{flag} {name}: PPO needs logits that are the output layer of the last hidden states")
     return model, tokenizer
 
 
-def longest(model, tokenizer) -> int:
-    """How many tokens the model can read at once."""
+def max_length(model, tokenizer) -> int:
+    """The length of the longest text that the model can read, in tokens."""
     return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
 
 
 def check_length(model, tokenizer, tokens: int, flags: str) -> None:
-    if tokens > (most := longest(model, tokenizer)):
-        raise UserError(f"{flags}: {tokens} tokens are more than the {most} that the model can read")
+    """Refuse texts of so many tokens if the model cannot read them; `flags` are those that ask for them."""
+    if tokens > (limit := max_length(model, tokenizer)):
+        raise UserError(f"{flags}: {tokens} tokens are more than the {limit} that the model can read")
 
 
 def stop_token(tokenizer, stop: str | None) -> int:
@@ -176,67 +186,50 @@ def stop_token(tokenizer, stop: str | None) -> int:
     return ids[0]
 
 
-def whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask) -> list[str]:
-    """The real tokens of queries [B, Q] and responses [B, R] as one text each."""
-    ids, mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, response_mask], 1).bool()
-    rows = ids.where(mask, PADDING).tolist()  # one copy to the host, for which a GPU must be waited for
-    return tokenizer.batch_decode([[i for i in row if i != PADDING] for row in rows], skip_special_tokens=True)
+# what a policy writes
 
 
-def continuations(model, tokenizer, queries: list[str], batch: int = 256, **sampling) -> list[str]:
-    """Each query with a response of `model`; `sampling` as sampling.sample takes it."""
+def whole_texts(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:
+    """The real tokens of queries with their responses [B, T] as one text each."""
+    rows = ids.where(mask.bool(), NO_TOKEN).tolist()  # one copy to the host, which waits for a GPU
+    return tokenizer.batch_decode([[i for i in row if i != NO_TOKEN] for row in rows], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def continuations(
+    model, tokenizer, queries: list[str], sampling: Sampling, generator: torch.Generator, batch: int = 256
+) -> list[str]:
+    """Each query with a response of `model`, as one text."""
     texts = []
     for start in range(0, len(queries), batch):
         query_ids, query_mask = encode_queries(tokenizer, queries[start : start + batch], model.device)
-        response_ids, _ = sample(model, query_ids, query_mask, **sampling)
-        response_mask, _ = real_tokens(response_ids, sampling["stop_id"], sampling.get("stop_after", 0))
-        texts += whole_texts(tokenizer, query_ids, query_mask, response_ids, response_mask)
+        response_ids, _ = sample(model, query_ids, query_mask, sampling, generator)
+        response_mask, _ = real_tokens(response_ids, sampling)
+        ids, mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, response_mask], 1)
+        texts += whole_texts(tokenizer, ids, mask)
     return texts
 
 
-def plain_sampling(tokenizer, temperature: float, length: int, stop_id: int) -> GenerationConfig:
-    """What `generate` must do to draw from the policy as it was trained: no top-k, no top-p."""
+def generation_config(tokenizer, sampling: Sampling) -> GenerationConfig:
+    """The settings with which `generate` draws from the policy as it was trained: no top-k, no top-p."""
     return GenerationConfig(
         do_sample=True,
-        temperature=temperature,
+        temperature=sampling.temperature,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=length,
+        max_new_tokens=sampling.length,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop_id,
+        eos_token_id=sampling.stop_id,
         pad_token_id=tokenizer.pad_token_id,
     )
 
 
-def card(title: str, task: str, source: str, record: dict, table: pd.DataFrame, limits: str = LIMITS) -> str:
-    """A short model card in the hub's form: what this is, its data, results and settings, and what it is not."""
-    settings = "\n".join(f"- `{name}`: {value}" for name, value in record["settings"].items() if value is not None)
-    return f"""---
-pipeline_tag: {task}
----
-# {title}
-
-Made by `{record["command"]}` (commit {record["commit"]}, {record["machine"]}) from `{source}`.
-
-## Results
-
-```
-{table.to_string(float_format="%.4f")}
-```
-
-## Limits
-
-{limits}
-
-## Settings
-
-{settings}
-"""
+# saving
 
 
-@distributed.by_the_first
+@distributed.main_process_only
 def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict | None = None) -> None:
-    """Model, tokenizer, README.md (the model card) and metrics.json, complete or not at all."""
+    """Write model, tokenizer, README.md (the model card) and metrics.json, all or nothing."""
     folder = Path(folder)
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)

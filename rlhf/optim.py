@@ -1,69 +1,20 @@
-"""The optimizers: Adam as in [3] (see ppo.py), and Muon for the matrices of small models.
+"""The optimizers: Adam as in [3] (see ppo.py) for PPO, AdamW for supervised training, Muon beside either."""
 
-Muon is momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024). torch.optim.Muon
-computes in bfloat16, which processors without instructions for it do some thirty times slower than float32; and one
-matrix after another, which keeps a small model waiting. The numbers are the same but for rounding.
-"""
-
-import itertools
 import math
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
+from rlhf import distributed
+from rlhf.muon import Muon, inner_matrices
 from rlhf.policy import PolicyWithValue
-
-MOMENTUM = 0.95
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic that takes singular values from (0, 1] to about 1
-
-
-def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the linear layers inside a transformer, without embeddings and heads."""
-    return [layer.weight for layer in model.base_model.modules() if isinstance(layer, (nn.Linear, Conv1D))]
-
-
-def orthogonal(matrices: Tensor, steps: int = 3) -> Tensor:
-    """matrices [N, I, J], I <= J -> nearly the nearest ones with orthonormal rows: singular values of 0.7 to 1.2."""
-    a, b, c = COEFFICIENTS
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.to(matrices.dtype)
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal, with steps as large as Adam's usually are (0.2 a weight, times lr)."""
-
-    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float = 0.0):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            shapes = {}
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    shapes.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
-            for shape, matrices in shapes.items():
-                wide = [(matrix.grad.T if matrix.shape[0] > matrix.shape[1] else matrix.grad) for matrix in matrices]
-                gradients, state = torch.stack(wide), self.state[matrices[0]]
-                momentum = state.setdefault("momentum", torch.zeros_like(gradients))
-                momentum.lerp_(gradients, 1 - MOMENTUM)
-                updates = orthogonal(gradients.lerp_(momentum, MOMENTUM))
-                for matrix, update in zip(matrices, updates, strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = update.T if matrix.shape[0] > matrix.shape[1] else update
-                    matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(shape[1]))
 
 
 class Adam(torch.optim.Adam):
-    """Adam as TensorFlow defines it, which [3] used; it counts its own steps, and a step that is skipped is none.
+    """Adam as TensorFlow defines it, which [3] used. It counts its own steps; a step that is skipped does not count.
 
-    TensorFlow adds eps before the second moment's bias is corrected, PyTorch after; eps / sqrt(1 - beta2^step) makes
-    PyTorch's Adam the same. Early steps are several times smaller that way.
+    TensorFlow adds eps before the second moment's bias is corrected, PyTorch after. With eps / sqrt(1 - beta2^step)
+    PyTorch's Adam is the same. Early steps are several times smaller that way.
     """
 
     EPS, BETAS = 1e-5, (0.9, 0.999)
@@ -71,7 +22,7 @@ class Adam(torch.optim.Adam):
     def __init__(self, parameters: list[nn.Parameter], lr: float):
         super().__init__(parameters, lr=lr, eps=self.EPS, betas=self.BETAS, fused=True)
         for group in self.param_groups:
-            group["steps"] = 0  # here, so that a checkpoint has it
+            group["steps"] = 0  # in the group, so that state_dict() has it
 
     def step(self, closure=None) -> None:
         for group in self.param_groups:
@@ -80,18 +31,66 @@ class Adam(torch.optim.Adam):
         super().step(closure)
 
 
-def make_optimizers(policy: PolicyWithValue, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """Adam as in [3]; with `muon`, Muon for the policy's inner matrices, and Adam for the rest."""
+class Optimizer:
+    """One or two of torch's optimizers that train a model's parameters together, on the gradients of all processes."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], members: list[torch.optim.Optimizer], max_grad_norm: float | None = None
+    ):
+        self.parameters, self.members, self.max_grad_norm = parameters, members, max_grad_norm
+
+    def set_lr(self, lr: float) -> float:
+        for member in self.members:
+            for group in member.param_groups:
+                group["lr"] = lr
+        return lr
+
+    def step(self) -> Tensor:
+        """Take a step with the gradients of all processes, and clear them. Returns their norm over all parameters.
+
+        A gradient that is not finite never reaches the weights: then nothing changes.
+        """
+        distributed.all_reduce_gradients(self.parameters)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if norm.isfinite():
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+            for member in self.members:
+                member.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return norm
+
+    def state_dict(self) -> list[dict]:
+        return [member.state_dict() for member in self.members]
+
+    def load_state_dict(self, state: list[dict]) -> None:
+        for member, of_member in zip(self.members, state, strict=True):
+            member.load_state_dict(of_member)
+
+
+def ppo_optimizer(policy: PolicyWithValue, lr: float, muon: bool) -> Optimizer:
+    """Adam as in [3]; with `muon`, Muon for the policy's inner matrices and Adam for the rest."""
     matrices = inner_matrices(policy.model) if muon else []
+    members = [Adam(_others(policy, matrices), lr), *([Muon(matrices, lr)] if matrices else [])]
+    for member in members:
+        member.register_step_post_hook(lambda *_: policy.weights_changed())
+    return Optimizer(list(policy.parameters()), members)
+
+
+def supervised_optimizer(model: nn.Module, lr: float, muon: bool) -> Optimizer:
+    """AdamW; with `muon`, Muon for the matrices of the model's body. Gradients are clipped to norm 1.
+
+    Whether an act is right depends on two things together, which a small new model is slow to see; Muon is faster.
+    """
+    matrices = inner_matrices(model) if muon else []
+    adamw = torch.optim.AdamW(_others(model, matrices), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    members = [Muon(matrices, lr, weight_decay=0.01), adamw] if matrices else [adamw]
+    return Optimizer(list(model.parameters()), members, max_grad_norm=1.0)
+
+
+def _others(module: nn.Module, matrices: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The module's parameters without these matrices."""
     chosen = {id(matrix) for matrix in matrices}
-    others = [parameter for parameter in policy.parameters() if id(parameter) not in chosen]
-    optimizers = [Adam(others, lr), *([Muon(matrices, lr)] if matrices else [])]
-    for optimizer in optimizers:
-        optimizer.register_step_post_hook(lambda *_: policy.weights_changed())
-    return optimizers
-
-
-def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> float:
-    for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-        group["lr"] = lr
-    return lr
+    return [parameter for parameter in module.parameters() if id(parameter) not in chosen]

@@ -1,13 +1,15 @@
-"""Figures of runs, for the scripts and the notebook: one style, colours that colour-blind people can tell apart."""
+"""Figures of runs, for the scripts and the notebook, in one style and in colours for colour-blind readers.
+
+A `draw_` function draws on given axes; a `save_` function writes a PNG file and returns its path.
+"""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg", force=False)
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from rlhf import distributed
 
@@ -24,6 +26,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
 }
+SMOOTHING = 5  # updates in the moving averages of the figures of score and KL
 
 
 def short(lr: float) -> str:
@@ -32,8 +35,28 @@ def short(lr: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+@distributed.main_process_only
+def save(path: Path, title: str, draw: Callable, *arguments) -> Path:
+    """Save the figure that `draw(axes, *arguments)` draws, under this title. Returns the path."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        draw(axes, *arguments)
+        axes.set_title(title, fontsize=11)
+        figure.savefig(path, metadata={"Software": None})
+    return path
+
+
+def grid_figure(results: Path) -> Path:
+    """The figure of a grid of runs: data_results/ablations -> data_results/fig_ablations.png."""
+    return results.with_name(f"fig_{results.name}.png")
+
+
+# runs with one setting
+
+
 def load_runs(results: Path, epochs: int, lr: float) -> dict[str, pd.DataFrame]:
-    """The logs of the finished and running default-named runs with these settings."""
+    """The logs, by name, of the runs that are named after these settings: K<K>_lr_<lr>_seed<seed>."""
     runs = {}
     for folder in sorted(results.glob(f"K{epochs}_lr_{short(lr)}_seed*")):
         if (folder / "log.csv").exists():
@@ -41,40 +64,24 @@ def load_runs(results: Path, epochs: int, lr: float) -> dict[str, pd.DataFrame]:
     return runs
 
 
-def ethics_before(folder: Path) -> float:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["ethics_before"]
-
-
 def draw_improvement(axes, runs: dict[str, pd.DataFrame]) -> None:
-    """Moving averages, every seed thin and their mean thick, over the raw points."""
-    alone = len(runs) == 1
+    """The improvement of every update as a dot, its moving average by run as a thin line, their mean as a thick one."""
+    is_single = len(runs) == 1
     for name, log in runs.items():
         axes.plot(log.episodes, log.improvement, ".", color=BLUE, alpha=0.35, markersize=5, markeredgewidth=0)
-        style = {"linewidth": 2.5, "label": f"{name}, moving average"} if alone else {"linewidth": 1, "alpha": 0.5}
+        style = {"linewidth": 2.5, "label": f"{name}, moving average"} if is_single else {"linewidth": 1, "alpha": 0.5}
         axes.plot(log.episodes, log.improvement_ma, color=BLUE, **style)
-    if len(runs) > 1:
+    if not is_single:
         mean = pd.concat(runs.values()).groupby("episodes").improvement_ma.mean()
         axes.plot(mean.index, mean, color=BLUE, linewidth=2.5, label=f"moving average, mean of {len(runs)} seeds")
     axes.axhline(0, color=GREY, linewidth=1)
-    axes.set_xlabel("episodes (responses written and scored)")
+    axes.set_xlabel("episodes (responses)")
     axes.set_ylabel("improvement of the ethics score")
     axes.legend(loc="lower right")
 
 
-@distributed.by_the_first
-def save(path: Path, title: str, draw, *what) -> Path:
-    """The picture that `draw(axes, *what)` draws."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        draw(axes, *what)
-        axes.set_title(title, fontsize=11)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
-    return path
-
-
 def save_improvement(results: Path, epochs: int, lr: float) -> Path | None:
-    """data_results/fig_K<K>_lr_<lr>.png: the improvement over the policy before fine-tuning."""
+    """data_results/fig_K<K>_lr_<lr>.png, or None if there are no runs with these settings."""
     runs = load_runs(results, epochs, lr)
     if not runs:
         return None
@@ -83,7 +90,7 @@ def save_improvement(results: Path, epochs: int, lr: float) -> Path | None:
 
 
 def load_evaluations(folders: list[Path]) -> dict[Path, dict]:
-    """evaluation.json of those folders that have one."""
+    """evaluation.json, by run folder, of those folders that have one."""
     return {
         folder: json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         for folder in folders
@@ -92,180 +99,203 @@ def load_evaluations(folders: list[Path]) -> dict[Path, dict]:
 
 
 def draw_frontier(axes, evaluations: dict[Path, dict]) -> None:
-    """Score against KL: what is possible, best-of-n, and every run's way and end."""
-    first = next(iter(evaluations.values()))
-    frontier, best_of = pd.DataFrame(first["frontier"]).sort_values("kl"), pd.DataFrame(first["best_of_n"])
-    known = frontier[frontier.kl <= first["trusted_up_to_kl"]]
-    axes.plot(known.kl, known.score, color=GREY, linewidth=2.5, label="the optimum, estimated")
-    axes.plot(frontier.kl, frontier.score, ":", color=GREY, linewidth=1.5)
-    axes.plot(best_of.kl_bound, best_of.score, "s", color=ORANGE, markersize=5, label="best of n, at its KL's bound")
+    """Score against KL: the optimum and best-of-n of the first evaluation, and all runs during and after training.
+
+    The optimum is dotted beyond the KL up to which its estimate is reliable.
+    """
+    evaluation = next(iter(evaluations.values()))
+    optimum, best_of = pd.DataFrame(evaluation["frontier"]).sort_values("kl"), pd.DataFrame(evaluation["best_of_n"])
+    reliable = optimum[optimum.kl <= evaluation["trusted_up_to_kl"]]
+    axes.plot(reliable.kl, reliable.score, color=GREY, linewidth=2.5, label="optimum (estimate)")
+    axes.plot(optimum.kl, optimum.score, ":", color=GREY, linewidth=1.5)
+    axes.plot(best_of.kl_bound, best_of.score, "s", color=ORANGE, markersize=5, label="best-of-n (upper bound of KL)")
     for row in best_of.itertuples():
         axes.annotate(row.n, (row.kl_bound, row.score), (5, -12), textcoords="offset points", color=ORANGE, fontsize=8)
-    for i, (folder, evaluation) in enumerate(evaluations.items()):
-        log = pd.read_csv(folder / "log.csv").rolling(5, min_periods=1).mean(numeric_only=True)
-        axes.plot(log.kl, log.score, color=BLUE, linewidth=0.8, alpha=0.5, label=None if i else "PPO, while it trains")
-        end = {"label": None if i else "PPO, at the end, held-out queries", "markeredgecolor": "white", "zorder": 3}
-        axes.plot(evaluation["kl"], evaluation["score_after"], "o", color=BLUE, markersize=8, **end)
+    during, after = "PPO during training", "PPO after training, held-out queries"
+    for folder, evaluation in evaluations.items():
+        log = pd.read_csv(folder / "log.csv").rolling(SMOOTHING, min_periods=1).mean(numeric_only=True)
+        axes.plot(log.kl, log.score, color=BLUE, linewidth=0.8, alpha=0.5, label=during)
+        style = {"color": BLUE, "markersize": 8, "markeredgecolor": "white", "zorder": 3}
+        axes.plot(evaluation["kl"], evaluation["score_after"], "o", label=after, **style)
+        during = after = None  # one entry in the legend for all runs
     axes.set_xlim(-0.05, 1.15 * max([best_of.kl_bound.max(), *(run["kl"] for run in evaluations.values())]))
-    axes.set_xlabel("KL to the reference (nats a response)")
-    axes.set_ylabel("score (deviations of the reference)")
-    axes.legend(loc="lower right")
+    axes.set_xlabel("KL to the reference (nats per response)")
+    axes.set_ylabel("score (standard deviations of the reference's)")
+    axes.legend(loc="best")  # at the lower right, unless runs break and go far
 
 
 def save_frontier(results: Path, epochs: int, lr: float) -> Path | None:
-    """data_results/fig_frontier_K<K>_lr_<lr>.png, of the evaluated runs with these settings."""
+    """data_results/fig_frontier_K<K>_lr_<lr>.png, or None if no run with these settings is evaluated."""
     evaluations = load_evaluations([results / name for name in load_runs(results, epochs, lr)])
     if not evaluations:
         return None
     path = results / f"fig_frontier_K{epochs}_lr_{short(lr)}.png"
-    return save(path, "What PPO gained, and what was possible at the same KL", draw_frontier, evaluations)
+    title = f"Score and KL: PPO, best-of-n and the optimum (K = {epochs}, learning rate {short(lr)})"
+    return save(path, title, draw_frontier, evaluations)
+
+
+# score and held-out judge against KL
 
 
 def draw_overoptimisation(axes, results: Path) -> None:
-    """What the classifier says and what is true, against the way from the reference, of every run in a folder.
+    """The classifier's mean, and the share of valid and ethical responses, of every run in a folder.
 
-    The truth is the share of responses that are valid and ethical; the square root of KL is the distance of Gao et al.
+    They are drawn against the square root of the KL, as in Gao et al. 2022.
     """
-    logs = [pd.read_csv(path).rolling(5, min_periods=1).mean(numeric_only=True) for path in results.glob("*/log.csv")]
-    for i, log in enumerate(logs):
-        distance = log.kl.clip(lower=0) ** 0.5
-        for values, color, label in (
-            (log.ethics, BLUE, "the classifier's ethics score"),
-            (log.gold_valid * log.gold_ethical, ORANGE, "gold: valid and ethical"),
-        ):
-            axes.plot(distance, values, color=color, linewidth=0.9, alpha=0.7, label=None if i else label)
-    axes.set_xlabel("square root of the KL to the reference (nats a response)")
-    axes.set_ylabel("mean over responses")
-    axes.set_ylim(0, 1.02)
-    axes.legend(loc="lower left")
-
-
-def save_overoptimisation(results: Path) -> Path:
-    """data_results/fig_overoptimisation.png, of the runs in data_results/overoptimisation/."""
-    title = "How far a score can be pushed before it is no longer true"
-    return save(results.with_name(f"fig_{results.name}.png"), title, draw_overoptimisation, results)
+    labels = {"classifier: mean ethics score": BLUE, "gold judge: share that is valid and ethical": ORANGE}
+    for path in sorted(results.glob("*/log.csv")):
+        log = pd.read_csv(path).rolling(SMOOTHING, min_periods=1).mean(numeric_only=True)
+        for (label, color), values in zip(labels.items(), (log.ethics, log.gold_valid * log.gold_ethical), strict=True):
+            axes.plot(root_kl(log), values, color=color, linewidth=0.9, alpha=0.7, label=label)
+    handles = dict(zip(labels, axes.get_lines(), strict=False))  # one entry in the legend for all runs
+    set_kl_axes(axes)
+    axes.legend(handles.values(), handles, loc="lower left")
 
 
 def draw_said_and_true(axes, groups: dict[str, list[pd.DataFrame]]) -> None:
-    """As `draw_overoptimisation`, but groups of runs, means over the logs of each.
+    """The reward model's mean (dashed) and the held-out judge's share (solid), means over the logs of every group.
 
-    Where the judge cannot tell what is valid, the truth is the share that it finds ethical.
+    The share is that of valid and ethical responses, or of ethical ones if the judge cannot tell which are valid.
     """
-    said, true = [], []
+    score_lines, judge_lines = [], []
     for (name, logs), color in zip(groups.items(), (ORANGE, GREEN, BLUE), strict=False):
-        mean = pd.concat(logs).groupby("update").mean(numeric_only=True).rolling(5, min_periods=1).mean()
-        distance, truth = mean.kl.clip(lower=0) ** 0.5, mean.gold_valid.fillna(1) * mean.gold_ethical
-        said += axes.plot(distance, mean.ethics, "--", color=color, linewidth=1.5, label=f"{name}: the reward model")
-        true += axes.plot(distance, truth, color=color, linewidth=2, label="gold")
-    axes.set_xlabel("square root of the KL to the reference (nats a response)")
+        mean = pd.concat(logs).groupby("update").mean(numeric_only=True).rolling(SMOOTHING, min_periods=1).mean()
+        share = mean.gold_valid.fillna(1) * mean.gold_ethical
+        style = {"color": color, "linewidth": 1.5}
+        score_lines += axes.plot(root_kl(mean), mean.ethics, "--", label=f"{name}: reward model", **style)
+        judge_lines += axes.plot(root_kl(mean), share, color=color, linewidth=2, label="held-out judge")
+    set_kl_axes(axes)
+    axes.legend(handles=[*score_lines, *judge_lines], loc="lower right", ncols=2, fontsize=9)
+
+
+def root_kl(log: pd.DataFrame) -> pd.Series:
+    return log.kl.clip(lower=0) ** 0.5
+
+
+def set_kl_axes(axes) -> None:
+    axes.set_xlabel("square root of the KL to the reference (KL in nats per response)")
     axes.set_ylabel("mean over responses")
     axes.set_ylim(0, 1.02)
-    axes.legend(handles=[*said, *true], loc="lower right", ncols=2, fontsize=9)
 
 
 def logs_like(results: Path, pattern: str) -> list[pd.DataFrame]:
+    """The logs of all seeds of a variant."""
     return [pd.read_csv(path) for path in sorted(results.glob(f"{pattern}_seed*/log.csv"))]
+
+
+def save_overoptimisation(results: Path) -> Path:
+    title = "Over-optimisation: KL coefficients from 0 to 0.5"
+    return save(grid_figure(results), title, draw_overoptimisation, results)
 
 
 def save_rewards(results: Path) -> Path:
     sizes = sorted({int(path.name.split("_")[0]) for path in results.glob("*_rows_*_seed*")})
     groups = {f"{rows:,} texts": logs_like(results, f"{rows}_rows_kl_coef_0.02") for rows in sizes}
-    title = "A weak and a strong reward model, where KL is cheap"
-    return save(results.with_name(f"fig_{results.name}.png"), title, draw_said_and_true, groups)
+    title = "Reward models of few and of many labelled texts (KL coefficient 0.02)"
+    return save(grid_figure(results), title, draw_said_and_true, groups)
 
 
 def save_data(results: Path) -> Path:
     groups = {name: logs_like(results, name) for name in ("sentiment", "ethics")}
-    title = "Other data: the reward model, and a judge with labels of its own"
-    return save(results.with_name(f"fig_{results.name}.png"), title, draw_said_and_true, groups)
+    return save(grid_figure(results), "Other data: reward model and held-out judge", draw_said_and_true, groups)
+
+
+# tables of grids
 
 
 def draw_ablations(axes, table: pd.DataFrame) -> None:
-    """Share of the optimum of every run, a row a variant, the best on top; bars are means.
+    """The fraction of the optimum by variant, the highest mean on top: bars are means over seeds, dots are runs.
 
-    Runs that failed, or ended where the optimum is not known, are crosses.
+    A cross is a run that failed, or ended beyond the KL up to which the optimum can be estimated.
     """
     means = table.groupby("variant").fraction_of_optimum.mean().sort_values(na_position="first")
     colors = [ORANGE if name in ("default", "nothing") else BLUE for name in means.index]
     axes.barh(means.index, means, color=colors, alpha=0.35)
-    for place, name in enumerate(means.index):
-        runs = table[table.variant == name]
-        axes.plot(runs.fraction_of_optimum, [place] * len(runs), "o", color=GREY, markersize=5, markeredgecolor="white")
-        failed = int(runs.fraction_of_optimum.isna().sum())
-        axes.plot([0.01] * failed, [place] * failed, "x", color=ORANGE)
+    for y, name in enumerate(means.index):
+        fractions = table[table.variant == name].fraction_of_optimum
+        axes.plot(fractions, [y] * len(fractions), "o", color=GREY, markersize=5, markeredgecolor="white")
+        if fractions.isna().any():
+            label = None if axes.get_legend() else "failed, or optimum unknown at the run's KL"
+            axes.plot(0.01, y, "x", color=ORANGE, label=label)
+            axes.legend(loc="lower right")
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the optimum at the run's own KL (a dot a seed)")
+    axes.set_xlabel("fraction of the optimum at the run's KL (one dot per seed)")
     axes.grid(axis="y", visible=False)
 
 
-def save_ablations(results: Path, title: str = "One switch at a time") -> Path:
+def save_ablations(results: Path, title: str = "Ablations: one setting changed at a time") -> Path:
     table = pd.read_csv(results.with_suffix(".csv"))
-    return save(results.with_name(f"fig_{results.name}.png"), title, draw_ablations, table)
+    return save(grid_figure(results), title, draw_ablations, table)
 
 
 def save_details(results: Path) -> Path:
-    return save_ablations(results, "One detail wrong")
+    return save_ablations(results, "One implementation detail wrong at a time")
 
 
 def save_models(results: Path) -> Path:
-    return save_ablations(results, "Other generators")
+    return save_ablations(results, "Other generators (layers x width)")
 
 
 def draw_labels(axes, table: pd.DataFrame, without: float) -> None:
-    """Gold ethics against the number of labels ([1], figure 2), and `without` any: every run a dot, means as lines."""
+    """The gold judge's share of ethical texts by number of answers ([1], Fig. 2).
+
+    Dots are runs, lines means over seeds. without: the share before PPO.
+    """
     table = table.assign(
         labels=table.variant.str.split("_").str[0].astype(int), when=table.variant.str.split("_").str[1]
     )
-    for when, color in {"offline": ORANGE, "online": BLUE}.items():
+    for when, color, label in (
+        ("offline", ORANGE, "offline: one round, before PPO"),
+        ("online", BLUE, "online: four rounds during PPO"),
+    ):
         runs = table[table.when == when]
         axes.plot(runs.labels, runs.gold_ethical, "o", color=color, alpha=0.5, markersize=5, markeredgewidth=0)
         means = runs.groupby("labels").gold_ethical.mean()
-        axes.plot(means.index, means, color=color, linewidth=2.5, label=when)
-    axes.axhline(without, color=GREY, linewidth=1, linestyle=":", label="no labels: the generator as it is")
+        axes.plot(means.index, means, color=color, linewidth=2.5, label=label)
+    axes.axhline(without, color=GREY, linewidth=1, linestyle=":", label="generator before PPO")
     axes.set_xscale("log")
     ticks = sorted(set(table.labels))
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("labels (which of four texts is best)")
-    axes.set_ylabel("gold: ethical")
+    axes.set_xlabel("answers (each: which of four texts is best)")
+    axes.set_ylabel("gold judge: share of ethical texts")
     axes.legend(loc="upper left")
 
 
 def save_labels(results: Path) -> Path:
     table = pd.read_csv(results.with_suffix(".csv"))
-    without = without_labels(results)
-    return save(results.with_name(f"fig_{results.name}.png"), "What answers are worth", draw_labels, table, without)
+    title = "Human feedback by a simulated annotator: how many answers are needed"
+    return save(grid_figure(results), title, draw_labels, table, without_labels(results))
 
 
 def without_labels(results: Path) -> float:
-    """Gold ethics of the generator as it is, which every run of a grid was compared with."""
+    """The gold judge's share of ethical texts before PPO, the mean over the runs of a grid."""
     evaluations = load_evaluations(sorted(results.glob("*_seed*"))).values()
     return sum(evaluation["gold"]["ethical_before"] for evaluation in evaluations) / len(evaluations)
 
 
 def draw_stability(axes, table: pd.DataFrame) -> None:
-    """Valid and ethical texts by PPO epochs and learning rate, means over seeds, and how many runs broke."""
-    place = table.variant.str.extract(r"K(\d+)_lr_(.+)").set_axis(["K", "lr"], axis=1)
-    table = table.assign(K=place.K.astype(int), lr=place.lr.astype(float), broken=table.broken.fillna("") != "")
-    table["good"] = table.gold_valid * table.gold_ethical
-    good = table.pivot_table(index="K", columns="lr", values="good", aggfunc="mean", dropna=False)
-    broken = table.pivot_table(index="K", columns="lr", values="broken", aggfunc="sum", dropna=False)
-    image = axes.imshow(good, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=1)
-    for y, epochs in enumerate(good.index):
-        for x, lr in enumerate(good.columns):
-            count, value = broken.loc[epochs, lr], good.loc[epochs, lr]
-            text = f"{value:.0%}" + (f"\n{count:.0f} broken" if count else "")
-            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
-    axes.set_xticks(range(len(good.columns)), [short(lr) for lr in good.columns])
-    axes.set_yticks(range(len(good.index)), good.index)
+    """The share of valid and ethical texts by PPO epochs and learning rate, means over seeds, and the broken runs."""
+    settings = table.variant.str.extract(r"K(\d+)_lr_(.+)").set_axis(["K", "lr"], axis=1)
+    table = table.assign(K=settings.K.astype(int), lr=settings.lr.astype(float), broken=table.broken.fillna("") != "")
+    table["share"] = table.gold_valid * table.gold_ethical
+    by_setting = {"index": "K", "columns": "lr", "dropna": False}
+    shares = table.pivot_table(values="share", aggfunc="mean", **by_setting)
+    broken, runs = (table.pivot_table(values="broken", aggfunc=name, **by_setting) for name in ("sum", "count"))
+    image = axes.imshow(shares, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=1)
+    for y, epochs in enumerate(shares.index):
+        for x, lr in enumerate(shares.columns):
+            share, count = shares.loc[epochs, lr], broken.loc[epochs, lr]
+            text = f"{share:.0%}" + (f"\n{count:.0f} of {runs.loc[epochs, lr]:.0f} broken" if count else "")
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if share < 0.6 else "black")
+    axes.set_xticks(range(len(shares.columns)), [short(lr) for lr in shares.columns])
+    axes.set_yticks(range(len(shares.index)), shares.index)
     axes.set_xlabel("learning rate")
-    axes.set_ylabel("K, PPO epochs")
+    axes.set_ylabel("K (PPO epochs)")
     axes.grid(visible=False)
-    axes.figure.colorbar(image, label="gold: valid and ethical")
+    axes.figure.colorbar(image, label="gold judge: valid and ethical")
 
 
 def save_stability(results: Path) -> Path:
     table = pd.read_csv(results.with_suffix(".csv"))
-    return save(
-        results.with_name(f"fig_{results.name}.png"), "Where PPO learns and where it breaks", draw_stability, table
-    )
+    return save(grid_figure(results), "Stability: PPO epochs and learning rate", draw_stability, table)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf import fast_path
-from rlhf.precision import LowPrecisionCopy, is_low, product
+from rlhf.precision import LowPrecisionCopy, is_bfloat16, product
 
 
 class PolicyWithValue(nn.Module):
@@ -29,30 +29,30 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         models = [model, self.value_model] if separate_value else [model]
-        self._low = {id(each): LowPrecisionCopy(each) for each in models if precision == torch.bfloat16}
+        self._copies = {id(each): LowPrecisionCopy(each) for each in models if precision == torch.bfloat16}
         self.register_load_state_dict_post_hook(lambda policy, _: policy.weights_changed())
 
     def weights_changed(self) -> None:
-        """To be called after every step of an optimizer: `make_optimizers` sees to it."""
-        for low in self._low.values():
-            low.is_stale = True
+        """Call this after every step of an optimizer; `optim.ppo_optimizer` sees to it."""
+        for low_precision_copy in self._copies.values():
+            low_precision_copy.is_stale = True
 
     def in_precision(self, model: nn.Module | None = None) -> nn.Module:
         """The model that computes for `model`, by default the policy's own: itself, or its copy in bfloat16."""
         model = self.model if model is None else model
-        return self._low[id(model)].renewed() if self._low else model
+        return self._copies[id(model)].refreshed() if self._copies else model
 
     def forward(self, ids: Tensor, mask: Tensor, places: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """ids, mask [B, T], places [N] in them -> the model's last hidden states there [N, H], and values [N].
 
-        states: these, where they are known.
+        states: the hidden states, where they are known already.
         """
         if states is None:
             states = hidden_states(self.in_precision(), ids, mask, places)
         if self.value_model is None:
             return states, self.value_head(states).squeeze(-1)
-        of_value = hidden_states(self.in_precision(self.value_model), ids, mask, places)
-        return states, self.value_head(of_value).squeeze(-1)
+        value_states = hidden_states(self.in_precision(self.value_model), ids, mask, places)
+        return states, self.value_head(value_states).squeeze(-1)
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -60,12 +60,36 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def hidden_states(model, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-    """ids, mask [B, T], places [N] of real tokens among all B * T -> the model's last hidden states there, [N, H]."""
+# The two forward passes of every model. GPT-2 and Llama take the fast path, all others transformers' own.
+
+
+def hidden_states(model, ids: Tensor, mask: Tensor, places: Tensor, positions: Tensor | None = None) -> Tensor:
+    """ids, mask [B, T], places [N] of real tokens among all B * T -> the model's last hidden states there, [N, H].
+
+    positions [B, T]: `position_ids`, or those that the model was trained with.
+    """
+    positions = position_ids(mask) if positions is None else positions
     if fast_path.is_supported(model.base_model):
-        return fast_path.hidden_states(model.base_model, ids, mask, position_ids(mask), places)
-    out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
+        return fast_path.hidden_states(model.base_model, ids, mask, positions, places)
+    out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     return fast_path.Take.apply(out.last_hidden_state.flatten(0, 1), places)
+
+
+def next_hidden_states(model, tokens: Tensor, mask: Tensor, padded: bool, positions: Tensor, cache) -> Tensor:
+    """The last hidden states [B, H] of tokens [B] at positions [B], which are added to `cache`.
+
+    mask [B, T]; padded: whether any of it is 0.
+    """
+    if fast_path.is_supported(model.base_model):
+        return fast_path.next_states(model.base_model, tokens, mask if padded else None, positions, cache)
+    out = model.base_model(
+        input_ids=tokens.unsqueeze(1),
+        attention_mask=mask,
+        position_ids=positions.unsqueeze(1),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return out.last_hidden_state[:, -1]
 
 
 # the vocabulary
@@ -78,17 +102,17 @@ class Head(NamedTuple):
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
-    low: bool  # whether it multiplies in bfloat16
+    is_bfloat16: bool  # whether it multiplies in bfloat16
 
     def logits(self, states: Tensor) -> Tensor:
         """[N, H] -> [N, V], in float32."""
-        logits = product(states, self.weight.T) if self.low else states @ self.weight.T
+        logits = product(states, self.weight.T) if self.is_bfloat16 else states @ self.weight.T
         return logits if self.bias is None else logits + self.bias
 
 
 def head_of(model, temperature: float) -> Head:
     layer = model.get_output_embeddings()
-    return Head(layer.weight, None if layer.bias is None else layer.bias / temperature, is_low(model))
+    return Head(layer.weight, None if layer.bias is None else layer.bias / temperature, is_bfloat16(model))
 
 
 class TokenStatistics(NamedTuple):
@@ -96,7 +120,7 @@ class TokenStatistics(NamedTuple):
 
     logprobs: Tensor
     ref_logprobs: Tensor
-    kl: Tensor  # KL(policy, reference) of the whole distribution
+    exact_kl: Tensor  # KL(policy, reference) of the whole distribution
     entropy: Tensor  # of the policy
     ref_log_totals: Tensor  # log of the sum of exp(logits) of the reference
 
@@ -112,16 +136,16 @@ def token_statistics(
     """Hidden states [N, H] of policy and reference -> what both say of the tokens ids [N] that came."""
     head, ref_head = head_of(model, temperature), head_of(reference, temperature)
     states, ref_states = states / temperature, ref_states / temperature
-    parts = []
+    statistics = []
     for rows in chunks(len(ids), head.weight):
         logits, unnormalised, total, logprobs = softmax_pieces(head.logits(states[rows]), ids[rows])
         ref_logits = ref_head.logits(ref_states[rows])
         ref_log_total = ref_logits.logsumexp(1)
-        ref_logprobs = of_tokens(ref_logits, ids[rows]) - ref_log_total
+        ref_logprobs = select_tokens(ref_logits, ids[rows]) - ref_log_total
         entropy = total.log() - dot(unnormalised, logits) / total
         kl, _ = kl_of(logits, unnormalised, total, ref_logits, ref_log_total)
-        parts.append((logprobs, ref_logprobs, kl, entropy, ref_log_total))
-    return TokenStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        statistics.append((logprobs, ref_logprobs, kl, entropy, ref_log_total))
+    return TokenStatistics(*(torch.cat(chunk) for chunk in zip(*statistics, strict=True)))
 
 
 def softmax_pieces(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -129,7 +153,7 @@ def softmax_pieces(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor,
     logits -= logits.amax(1, keepdim=True)
     unnormalised = logits.exp()
     total = unnormalised.sum(1)
-    return logits, unnormalised, total, of_tokens(logits, ids) - total.log()
+    return logits, unnormalised, total, select_tokens(logits, ids) - total.log()
 
 
 def kl_of(
@@ -151,33 +175,33 @@ class _LogprobsAndKl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, low: bool, ids: Tensor, reference: tuple):
         head, (ref_head, ref_states, ref_log_totals) = Head(weight, bias, low), reference
-        kept, parts = [], []
+        saved, outputs = [], []
         for rows in chunks(len(ids), weight):
             logits, unnormalised, total, logprobs = softmax_pieces(head.logits(states[rows]), ids[rows])
             difference = ref_head.logits(ref_states[rows])
             kl, mean_difference = kl_of(logits, unnormalised, total, difference, ref_log_totals[rows])
             p, centred = unnormalised.div_(total.unsqueeze(1)), difference.sub_(mean_difference.unsqueeze(1))
-            kept += [x.bfloat16() if low else x for x in (p, centred)]
-            parts.append((logprobs, kl))
+            saved += [x.bfloat16() if low else x for x in (p, centred)]
+            outputs.append((logprobs, kl))
         ctx.low = low
-        ctx.save_for_backward(states, weight, ids, *kept)
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(states, weight, ids, *saved)
+        return tuple(torch.cat(chunk) for chunk in zip(*outputs, strict=True))
 
     @staticmethod
-    def backward(ctx, of_logprob: Tensor, of_kl: Tensor):
-        states, weight, ids, *kept = ctx.saved_tensors
-        of_states, gradients = [], []
-        for rows, p, centred in zip(chunks(len(ids), weight), kept[::2], kept[1::2], strict=True):
-            for_chosen = of_logprob[rows].unsqueeze(1)
-            gradient = (centred * of_kl[rows].unsqueeze(1)).sub_(for_chosen).mul_(p)
-            gradient.scatter_add_(1, ids[rows].unsqueeze(1), for_chosen)
-            of_states.append(product(gradient, weight) if ctx.low else gradient @ weight)
-            gradients.append(gradient.to(p.dtype))
-        gradient = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
-        _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        of_weight = (gradient.T @ states.to(gradient.dtype)).to(weight.dtype) if wants_weight else None
-        of_bias = gradient.sum(0, dtype=states.dtype) if wants_bias else None
-        return torch.cat(of_states), of_weight, of_bias, None, None, None
+    def backward(ctx, grad_logprobs: Tensor, grad_kl: Tensor):
+        states, weight, ids, *saved = ctx.saved_tensors
+        grad_states, grad_logits = [], []
+        for rows, p, centred in zip(chunks(len(ids), weight), saved[::2], saved[1::2], strict=True):
+            grad_chosen = grad_logprobs[rows].unsqueeze(1)
+            gradient = (centred * grad_kl[rows].unsqueeze(1)).sub_(grad_chosen).mul_(p)
+            gradient.scatter_add_(1, ids[rows].unsqueeze(1), grad_chosen)
+            grad_states.append(product(gradient, weight) if ctx.low else gradient @ weight)
+            grad_logits.append(gradient.to(p.dtype))
+        gradient = torch.cat(grad_logits) if len(grad_logits) > 1 else grad_logits[0]
+        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_weight = (gradient.T @ states.to(gradient.dtype)).to(weight.dtype) if needs_weight else None
+        grad_bias = gradient.sum(0, dtype=states.dtype) if needs_bias else None
+        return torch.cat(grad_states), grad_weight, grad_bias, None, None, None
 
 
 def chunks(count: int, weight: Tensor) -> list[slice]:
@@ -191,14 +215,14 @@ def logprobs_and_kl(
 ) -> tuple[Tensor, Tensor]:
     """The first and third of `token_statistics`, with gradients; ref_log_totals [N] are its last."""
     head, ref_head = head_of(model, temperature), head_of(reference, temperature)
-    of_reference = ref_head, ref_states / temperature, ref_log_totals
-    return _LogprobsAndKl.apply(states / temperature, head.weight, head.bias, head.low, ids, of_reference)
+    reference_says = ref_head, ref_states / temperature, ref_log_totals
+    return _LogprobsAndKl.apply(states / temperature, head.weight, head.bias, head.is_bfloat16, ids, reference_says)
 
 
 def token_logits(model, states: Tensor, temperature: float) -> Tensor:
     """Hidden states [N, H] -> logits / temperature [N, V] in float32, by dividing the H states and not the V logits."""
     head = head_of(model, temperature)
-    if head.low and torch.is_grad_enabled():
+    if head.is_bfloat16 and torch.is_grad_enabled():
         logits = _Project.apply(states / temperature, head.weight)
         return logits if head.bias is None else logits + head.bias
     return head.logits(states / temperature)
@@ -218,7 +242,7 @@ class _Project(torch.autograd.Function):
         return product(gradient, weight), product(gradient.T, states).to(weight.dtype)
 
 
-def of_tokens(logp: Tensor, ids: Tensor) -> Tensor:
+def select_tokens(logp: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities [N, V] of the whole vocabulary -> those of ids [N], [N]."""
     return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 

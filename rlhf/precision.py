@@ -5,7 +5,7 @@ is float32 too: the vocabulary projection multiplies bfloat16 and sums in float3
 bfloat16 would round them by more than PPO's clip range.
 
 Weights that train are float32. A frozen model holds its matrices in bfloat16 (`freeze`). A policy has a copy that does,
-renewed when its weights have changed (`LowPrecisionCopy`).
+refreshed when its weights have changed (`LowPrecisionCopy`).
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def choose(name: str, device: torch.device, model: nn.Module) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def name_of(precision: torch.dtype) -> str:
+def dtype_name(precision: torch.dtype) -> str:
     return str(precision).removeprefix("torch.")
 
 
@@ -46,7 +46,7 @@ class _LowPrecisionBody:
     """Mixed into the class of a body: its products are in bfloat16, and what it returns is float32."""
 
     def forward(self, *args, **kwargs):
-        with products_of(self):
+        with low_precision_products(self):
             out = super().forward(*args, **kwargs)
         for name, value in out.items():
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -54,29 +54,29 @@ class _LowPrecisionBody:
         return out
 
 
-def is_low(model: nn.Module) -> bool:
+def is_bfloat16(model: nn.Module) -> bool:
     """Whether the model's body multiplies in bfloat16."""
     return isinstance(model.base_model, _LowPrecisionBody)
 
 
-def kind_of(body: nn.Module) -> type:
+def body_class(body: nn.Module) -> type:
     """The class that a body has in transformers."""
-    return type(body).__bases__[1] if is_low(body) else type(body)
+    return type(body).__bases__[1] if is_bfloat16(body) else type(body)
 
 
 def set_precision(model: nn.Module, precision: torch.dtype) -> None:
     """Lets the body of a model multiply in this precision; its weights stay as they are."""
     body = model.base_model
-    if precision == torch.bfloat16 and not is_low(model):
+    if precision == torch.bfloat16 and not is_bfloat16(model):
         body.__class__ = type(type(body).__name__, (_LowPrecisionBody, type(body)), {})
 
 
-def products_of(model: nn.Module) -> contextlib.AbstractContextManager:
+def low_precision_products(model: nn.Module) -> contextlib.AbstractContextManager:
     """Within it, products are in the model's precision: for code that calls a body's layers instead of the body.
 
     Autocast without its cache, which would keep the weights of before an optimizer step.
     """
-    if is_low(model):
+    if is_bfloat16(model):
         return torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
 
@@ -100,7 +100,7 @@ def freeze(model: nn.Module, precision: torch.dtype) -> nn.Module:
     """A model that will not be trained, its matrices held in this precision; returns it."""
     model.eval().requires_grad_(False)
     set_precision(model, precision)
-    if is_low(model):
+    if is_bfloat16(model):
         for layer, name, weight in _matrices(model):
             setattr(layer, name, nn.Parameter(weight.bfloat16(), requires_grad=False))
     return model
@@ -126,7 +126,7 @@ class LowPrecisionCopy:
             self._low_weights.append(low)
 
     @torch.no_grad()
-    def renewed(self) -> nn.Module:
+    def refreshed(self) -> nn.Module:
         """The copy, with the model's weights as they are now."""
         if self.is_stale:
             for low, weight in zip(self._low_weights, self._weights, strict=True):

@@ -1,6 +1,5 @@
 """Set-up of a process (device, seeds, memory, libraries), its clock, and what its result files say of it."""
 
-import argparse
 import contextlib
 import ctypes
 import io
@@ -14,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -32,24 +32,27 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 TOLERATED = 3  # steps in a row that are not finite, and are skipped, before a run stops
 
 
-def set_up(args: argparse.Namespace) -> torch.device:
-    """Joins the other processes, if there are any, seeds everything and returns the device."""
-    if args.device == "cuda" and not torch.cuda.is_available():
+def set_up(device: str, seed: int, batch_size: int | None = None) -> torch.device:
+    """Prepare this process: join the others if there are any, seed everything. Returns the device.
+
+    device: auto, cpu or cuda. batch_size: of all processes together, where they share batches.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that torch sees; use --device cpu")
     keep_memory()
     quiet_libraries()
-    cuda = args.device != "cpu" and torch.cuda.is_available()
+    cuda = device != "cpu" and torch.cuda.is_available()
     distributed.start(cuda)
-    if vars(args).get("batch_size", 0) % distributed.count():
+    if batch_size and batch_size % distributed.world_size():
         raise UserError(
-            f"--batch-size {args.batch_size} cannot be shared evenly among {distributed.count()} processes; "
+            f"--batch-size {batch_size} cannot be shared evenly among {distributed.world_size()} processes; "
             "give a multiple of them"
         )
     if distributed.rank():
-        sys.stdout = io.StringIO()  # the first process speaks for all
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+        sys.stdout = io.StringIO()  # the main process speaks for all
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -61,33 +64,47 @@ def quiet_libraries() -> None:
     huggingface_hub.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of a broken model, which is refused
 
 
-def say_where(device: torch.device, chosen: torch.dtype) -> None:
-    print(f"device {device.type}, matrix products in {precision.name_of(chosen)}")
+def print_device(device: torch.device, dtype: torch.dtype) -> None:
+    print(f"device {device.type}, matrix products in {precision.dtype_name(dtype)}")
 
 
 def keep_memory() -> None:
-    """Makes glibc keep the memory that tensors leave, for the next ones; they cost page faults otherwise.
+    """Make glibc keep the memory of freed tensors for the next ones, which would cost page faults otherwise.
 
-    That is a fifth of an update's time for a small model on the CPU. Other systems have no mallopt, or none of use.
+    They take a fifth of an update's time for a small model on the CPU. Other systems have no mallopt, or none of use.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)  # no memory of its own for what is large, which would go back at once
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap too; a mapping of their own would go back at once
+        mallopt(M_TRIM_THRESHOLD, -1)  # never give the heap's end back
         mallopt(M_TOP_PAD, 2**28)
 
 
+class Clock:
+    """Times the stages of an update, in seconds."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._last = device, seconds(device)
+        self.laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """The stage that began with the clock or the lap before is done."""
+        now = seconds(self._device)
+        self.laps[stage], self._last = now - self._last, now
+
+
 def seconds(device: torch.device) -> float:
-    """The clock, when all that was asked of the device is done."""
+    """The time, once the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def progress(label: str, unit: str, done: int, total: int) -> tqdm:
-    """The numbers of the steps after `done`, with a progress bar in the first process."""
+    """The numbers of the steps after `done`, with a progress bar in the main process."""
     return tqdm(
         range(done + 1, total + 1),
         desc=label,
@@ -102,19 +119,19 @@ def progress(label: str, unit: str, done: int, total: int) -> tqdm:
 # files
 
 
-@distributed.by_the_first
+@distributed.main_process_only
 def write_json(path: Path, value: dict) -> Path:
-    """Numbers that are not known (NaN) become null: JSON has no other word for them."""
+    """Write a value, NaN as null: JSON has no NaN."""
 
-    def known(x):
+    def without_nan(x):
         if isinstance(x, dict):
-            return {key: known(one) for key, one in x.items()}
+            return {key: without_nan(item) for key, item in x.items()}
         if isinstance(x, (list, tuple)):
-            return [known(one) for one in x]
+            return [without_nan(item) for item in x]
         return None if isinstance(x, float) and math.isnan(x) else x
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(without_nan(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -128,20 +145,22 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
 
 
-def provenance(device: torch.device, chosen: torch.dtype = torch.float32) -> dict:
+def provenance(device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
     """What a result must name to be repeated: command, commit, versions, machine, precision."""
-    here = Path(__file__).parents[1]
-    commit = _git(here, "describe", "--always", "--abbrev=12").stdout.strip()
-    if _git(here, "diff", "--quiet", "HEAD", "--", ".", ":!data_results").returncode == 1:  # the code, not results
+    root, script = Path(__file__).parents[1], Path(sys.argv[0])
+    commit = _git(root, "describe", "--always", "--abbrev=12").stdout.strip()
+    if _git(root, "diff", "--quiet", "HEAD", "--", ".", ":!data_results").returncode == 1:  # the code, not results
         commit += "-dirty"
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(
+            [script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name, *sys.argv[1:]]
+        ),
         "commit": commit or None,
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
-        "processes": distributed.count(),
+        "processes": distributed.world_size(),
         "device": device.type,
-        "precision": precision.name_of(chosen),
+        "precision": precision.dtype_name(dtype),
         "machine": torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{os.cpu_count()} CPU cores, {platform.machine()}",

@@ -4,14 +4,25 @@ Shapes: B sequences, Q query tokens (padded on the left), R response tokens (pad
 token), V vocabulary, H hidden size. Masks are 1 on real tokens and 0 on padding.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from rlhf import fast_path
-from rlhf.policy import position_ids, token_logits
+from rlhf.policy import next_hidden_states, position_ids, token_logits
 
 LOOK_EVERY = 4  # tokens between two looks at which rows have ended, each of which makes the host wait for a GPU
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn: from softmax(logits / temperature), up to a stop token."""
+
+    length: int  # of the longest response, in tokens
+    temperature: float
+    stop_id: int  # the token that ends a response
+    stop_after: int = 0  # tokens before it counts; [3] stops at "." after 16
 
 
 class RoomyLayer(DynamicLayer):
@@ -46,18 +57,18 @@ def make_room(cache, room: int) -> None:
     cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
-def draw(logits: Tensor, heights: Tensor) -> Tensor:
-    """logits [B, V], heights [B] in [0, 1) -> token ids [B], where the cumulative softmax reaches these heights."""
-    return invert(logits.softmax(-1).cumsum(-1), heights)
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """logits [B, V], random numbers [B] in [0, 1) -> token ids [B], drawn from softmax(logits)."""
+    return invert(logits.softmax(-1).cumsum(-1), uniform)
 
 
-def invert(cumulative: Tensor, heights: Tensor) -> Tensor:
-    """Cumulative probabilities [B, V], heights [B] in [0, 1) -> token ids [B], each where its height is reached."""
-    reached = torch.searchsorted(cumulative, heights.unsqueeze(1) * cumulative[:, -1:], right=True)
+def invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """Cumulative probabilities [B, V], random numbers [B] in [0, 1) -> token ids [B], where they are reached."""
+    reached = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True)
     return reached.squeeze(1).clamp(max=cumulative.shape[1] - 1)
 
 
-def heights_of(rows: int, length: int, generator: torch.Generator, device: torch.device) -> Tensor:
+def uniform_numbers(rows: int, length: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Random numbers in [0, 1), one for every token, [rows, length].
 
     The generator is the CPU's, whatever the device: a run draws the same numbers on each, and goes on on another.
@@ -65,42 +76,19 @@ def heights_of(rows: int, length: int, generator: torch.Generator, device: torch
     return torch.rand(rows, length, generator=generator).to(device)
 
 
-def next_states(body, tokens: Tensor, mask: Tensor, padded: bool, positions: Tensor, cache) -> Tensor:
-    """The last hidden states [B, H] of tokens [B] at positions [B], which join those in `cache`; mask [B, T]."""
-    if fast_path.is_supported(body):
-        return fast_path.next_states(body, tokens, mask if padded else None, positions, cache)
-    out = body(
-        input_ids=tokens.unsqueeze(1),
-        attention_mask=mask,
-        position_ids=positions.unsqueeze(1),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return out.last_hidden_state[:, -1]
-
-
 @torch.no_grad()
 def sample(
-    model,
-    query_ids: Tensor,
-    query_mask: Tensor,
-    *,
-    length: int,
-    temperature: float,
-    stop_id: int,
-    stop_after: int = 0,
-    generator: torch.Generator,
+    model, query_ids: Tensor, query_mask: Tensor, sampling: Sampling, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Responses [B, R], R <= length, to queries [B, Q]: plain sampling, no top-k, no top-p, no minimum length.
+    """Responses [B, R], R <= sampling.length, to queries [B, Q], and the hidden states [B, R, H] they were drawn from.
 
-    A row ends with its first `stop_id` that has at least `stop_after` tokens before it ([3] stops at "." after 16);
-    behind it stand `stop_id`s. With them the hidden states [B, R, H] from which their real tokens were drawn.
+    Behind the end of a response stand stop tokens, and zeros among the states.
     """
-    batch, device = len(query_ids), query_ids.device
-    responses = torch.full((batch, length), stop_id, device=device)
-    heights = heights_of(batch, length, generator, device)
+    batch, device, length = len(query_ids), query_ids.device, sampling.length
+    responses = torch.full((batch, length), sampling.stop_id, device=device)
+    uniform = uniform_numbers(batch, length, generator, device)
     rows = torch.arange(batch, device=device)  # the rows still in the batch
-    going = torch.ones(batch, dtype=torch.bool, device=device)  # which of them have not stopped
+    running = torch.ones(batch, dtype=torch.bool, device=device)  # which of them have not stopped
     look_every = 1 if device.type == "cpu" else LOOK_EVERY
     mask, positions, padded = query_mask, position_ids(query_mask), not bool(query_mask.all())
     out = model.base_model(input_ids=query_ids, attention_mask=mask, position_ids=positions, use_cache=True)
@@ -109,65 +97,59 @@ def sample(
     cache, state = out.past_key_values, out.last_hidden_state[:, -1]
     states = state.new_zeros(batch, length, state.shape[-1])
     for step in range(length):
-        tokens = draw(token_logits(model, state, temperature), heights[rows, step]).where(going, stop_id)
+        logits = token_logits(model, state, sampling.temperature)
+        tokens = draw(logits, uniform[rows, step]).where(running, sampling.stop_id)
         responses[rows, step], states[rows, step] = tokens, state
-        going = going & ((tokens != stop_id) | (step < stop_after))
+        running = running & ((tokens != sampling.stop_id) | (step < sampling.stop_after))
         if step + 1 == length:
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         positions = positions + 1
         if (step + 1) % look_every == 0:
-            left = int(going.sum())
+            left = int(running.sum())
             if not left:
                 break
-            if left < 0.8 * len(going):  # below this, idle rows cost more than copying the cache without them
-                keep = going.argsort(descending=True, stable=True)[:left]
-                rows, tokens, going, mask, positions = (x[keep] for x in (rows, tokens, going, mask, positions))
-                cache.batch_select_indices(keep)
-        state = next_states(model.base_model, tokens, mask, padded, positions, cache)
+            if left < 0.8 * len(running):  # below this, idle rows cost more than copying the cache without them
+                indices = running.argsort(descending=True, stable=True)[:left]
+                rows, tokens, running, mask, positions = (x[indices] for x in (rows, tokens, running, mask, positions))
+                cache.batch_select_indices(indices)
+        state = next_hidden_states(model, tokens, mask, padded, positions, cache)
     return responses[:, : step + 1], states[:, : step + 1]
 
 
 @torch.no_grad()
-def sample_many(
-    model,
-    query_ids: Tensor,
-    count: int,
-    *,
-    length: int,
-    temperature: float,
-    stop_id: int,
-    stop_after: int = 0,
-    generator: torch.Generator,
-) -> Tensor:
+def sample_many(model, query_ids: Tensor, count: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """`count` responses [count, R] to one query [1, Q] without padding, distributed as those of `sample`.
 
-    Responses that begin alike share their forward passes: a row of the batch is a beginning, and `share` says which of
-    them every response still has. A small model at a low temperature begins alike often.
+    Responses that begin alike share their forward passes: a row of the batch is a prefix, and `prefix_of` says which
+    one every response has. A small model at a low temperature begins alike often.
     """
-    device = query_ids.device
+    device, length, stop_id = query_ids.device, sampling.length, sampling.stop_id
     responses = torch.full((count, length), stop_id, device=device)
-    heights = heights_of(count, length, generator, device)
-    share = torch.zeros(count, dtype=torch.long, device=device)
-    going = torch.arange(count, device=device)  # the responses that have not stopped
+    uniform = uniform_numbers(count, length, generator, device)
+    prefix_of = torch.zeros(count, dtype=torch.long, device=device)
+    running = torch.arange(count, device=device)  # the responses that have not stopped
     out = model.base_model(input_ids=query_ids, use_cache=True)
     for step in range(length):
-        cumulative = token_logits(model, out.last_hidden_state[:, -1], temperature).softmax(-1).cumsum(-1)
-        tokens = invert(cumulative[share[going]], heights[going, step])
-        responses[going, step] = tokens
-        beginnings, share[going] = torch.stack([share[going], tokens], 1).unique(dim=0, return_inverse=True)
-        alive = (beginnings[:, 1] != stop_id) | (step < stop_after)
-        going = going[alive[share[going]]]
-        if step + 1 == length or not len(going):
+        logits = token_logits(model, out.last_hidden_state[:, -1], sampling.temperature)
+        cumulative = logits.softmax(-1).cumsum(-1)
+        tokens = invert(cumulative[prefix_of[running]], uniform[running, step])
+        responses[running, step] = tokens
+        pairs = torch.stack([prefix_of[running], tokens], 1)
+        prefixes, prefix_of[running] = pairs.unique(dim=0, return_inverse=True)
+        alive = (prefixes[:, 1] != stop_id) | (step < sampling.stop_after)
+        running = running[alive[prefix_of[running]]]
+        if step + 1 == length or not len(running):
             break
-        share[going] = (alive.cumsum(0) - 1)[share[going]]
+        prefix_of[running] = (alive.cumsum(0) - 1)[prefix_of[running]]
         cache = out.past_key_values
-        cache.batch_select_indices(beginnings[alive, 0])
-        out = model.base_model(input_ids=beginnings[alive, 1:], past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(prefixes[alive, 0])
+        out = model.base_model(input_ids=prefixes[alive, 1:], past_key_values=cache, use_cache=True)
     return responses[:, : step + 1]
 
 
-def real_tokens(response_ids: Tensor, stop_id: int, stop_after: int = 0) -> tuple[Tensor, Tensor]:
+def real_tokens(response_ids: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """[B, R] -> mask [B, R], 1 up to and with the stop token, and terminated [B], whether there is one."""
-    stops = (response_ids == stop_id) & (torch.arange(response_ids.shape[1], device=response_ids.device) >= stop_after)
+    may_stop = torch.arange(response_ids.shape[1], device=response_ids.device) >= sampling.stop_after
+    stops = (response_ids == sampling.stop_id) & may_stop
     return ((stops.cumsum(1) - stops.long()) == 0).long(), stops.any(1)

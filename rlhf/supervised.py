@@ -1,28 +1,37 @@
-"""The supervised training loop of train_cls.py and train_nlg.py."""
+"""Supervised training: the losses of the generator and of the reward model, and the loop that minimises them.
+
+Shapes: B rows of a batch, T tokens, N rows of a data set. A row is what one loss belongs to: a text, or several texts
+of which one is the best. A row's targets are what the model predicts: the tokens of a text, or one choice.
+"""
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rlhf import checkpoint, distributed
-from rlhf.checkpoint import Keep
+from rlhf import distributed, runtime
+from rlhf.checkpoint import Checkpoints, RandomState
 from rlhf.errors import UserError
-from rlhf.optim import Muon, inner_matrices, set_lr
+from rlhf.optim import Optimizer, supervised_optimizer
 from rlhf.policy import token_logits
-from rlhf.runtime import TOLERATED, progress
 
 LEARNED = 0.05  # nats: the loss below which a row counts as learned
+WARMUP = 0.05  # the fraction of the steps over which the learning rate rises
 
 
-def encode(tokenizer, texts: list[str], max_length: int, end: bool = False) -> list[list[int]]:
-    """Token ids of every text, cut to `max_length`; with `end`, an end-of-text token closes those that lack one."""
+# token ids
+
+
+def encode(tokenizer, texts: list[str], max_length: int, end_of_text: bool = False) -> list[list[int]]:
+    """Token ids of every text, `max_length` at most. With `end_of_text`, the token of this name follows them."""
     rows = tokenizer(texts)["input_ids"]
-    stop = tokenizer.eos_token_id
-    rows = [[*row, stop] if end and row[-1:] != [stop] else row for row in rows]
+    eos_id = tokenizer.eos_token_id
+    rows = [[*row, eos_id] if end_of_text and row[-1:] != [eos_id] else row for row in rows]
     return [row[:max_length] for row in rows]
 
 
@@ -34,75 +43,78 @@ def pad(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tenso
     return ids, mask
 
 
+# losses
+
+
 def lm_loss(model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood in nats of texts [B, T] after their first token, and the number of tokens, [B] each."""
-    predicted = mask[:, 1:]
-    real = predicted.bool()
-    hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-    logits = token_logits(model, hidden[real], temperature=1.0)
-    losses = cross_entropy(logits, ids[:, 1:][real], reduction="none")
-    return torch.zeros(real.shape, device=ids.device).masked_scatter(real, losses).sum(1), predicted.sum(1)
+    """Negative log-likelihood of texts [B, T] after their first token, in nats, and its number of tokens, [B] each."""
+    target_mask = mask[:, 1:]
+    is_target = target_mask.bool()
+    states = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
+    logits = token_logits(model, states[is_target], temperature=1.0)
+    losses = cross_entropy(logits, ids[:, 1:][is_target], reduction="none")
+    by_position = torch.zeros(is_target.shape, device=ids.device).masked_scatter(is_target, losses)
+    return by_position.sum(1), target_mask.sum(1)
+
+
+@torch.no_grad()
+def perplexity(model, rows: list[list[int]], pad_id: int, device: torch.device, batch: int = 64) -> dict[str, float]:
+    """Of texts, given as token ids: "loss" in nats per token, and "perplexity", its exponential."""
+    rows, loss, tokens = sorted(rows, key=len), 0.0, 0
+    for start in range(0, len(rows), batch):
+        ids, mask = pad(rows[start : start + batch], pad_id, device)
+        losses, counts = lm_loss(model, ids, mask)
+        loss, tokens = loss + losses.sum().item(), tokens + counts.sum().item()
+    return {"loss": loss / tokens, "perplexity": float(np.exp(loss / tokens))}
 
 
 def choice_loss(
     model, rows: list[list[list[int]]], chosen: Tensor, pad_id: int, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of choices [B], and how many choices that is, [B] each.
+    """Cross-entropy of the choices `chosen` [B] in nats, and the number of choices (1), [B] each.
 
-    A row holds the token ids of one text, whose label a model with two outputs chooses, or of several candidates, the
-    best of which a model with one output chooses: softmax over the candidates' scores, [1], equation 1. A choice that
-    is learned has loss 0, whatever the smoothing.
+    A row holds the token ids of one text, whose label a model with two outputs predicts; or those of several texts,
+    the best of which a model with one output predicts: softmax over their scores ([1], equation 1). The smallest loss
+    is 0, whatever the smoothing.
     """
-    inputs, mask = pad([ids for row in rows for ids in row], pad_id, chosen.device)
-    logits = model(input_ids=inputs, attention_mask=mask).logits.float().view(len(rows), -1)
-    kinds = logits.shape[1]
-    smoothed = torch.full((kinds,), label_smoothing / kinds)
+    ids, mask = pad([text for row in rows for text in row], pad_id, chosen.device)
+    logits = model(input_ids=ids, attention_mask=mask).logits.float().view(len(rows), -1)
+    options = logits.shape[1]
+    smoothed = torch.full((options,), label_smoothing / options)
     smoothed[0] += 1 - label_smoothing
-    least = float(torch.special.entr(smoothed).sum())
-    losses = cross_entropy(logits, chosen, reduction="none", label_smoothing=label_smoothing) - least
+    smallest = float(torch.special.entr(smoothed).sum())
+    losses = cross_entropy(logits, chosen, reduction="none", label_smoothing=label_smoothing) - smallest
     return losses, torch.ones_like(losses)
 
 
 def choice_log_loss(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """-log softmax(scores)[chosen] of scores [N, candidates], [N]; of log-odds [N, 1], with label 1 for positive."""
+    """-log softmax(scores)[chosen], [N], of scores [N, candidates]; of log-odds [N, 1], where label 1 is positive."""
     if scores.shape[1] == 1:
         scores = np.concatenate([np.zeros_like(scores), scores], 1)
     return np.logaddexp.reduce(scores, 1) - scores[np.arange(len(chosen)), chosen]
 
 
 def choice_errors(scores: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
-    """What `fit` asks after an epoch: the mean loss and the share of wrong choices."""
-    said = scores[:, 0] > 0 if scores.shape[1] == 1 else scores.argmax(1)
-    return {"loss": float(choice_log_loss(scores, chosen).mean()), "error": float(np.mean(said != chosen))}
+    """Of scores [N, candidates] or log-odds [N, 1]: "loss", the mean, and "error", the fraction of wrong choices."""
+    predicted = scores[:, 0] > 0 if scores.shape[1] == 1 else scores.argmax(1)
+    return {"loss": float(choice_log_loss(scores, chosen).mean()), "error": float(np.mean(predicted != chosen))}
 
 
-def make_optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW; with `muon`, Muon for the matrices of the model's body.
-
-    Whether an act is right depends on two things together, which a small new model is slow to see; Muon hurries it.
-    """
-    matrices = inner_matrices(model) if muon else []
-    chosen = {id(matrix) for matrix in matrices}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    if not matrices:
-        return [adamw]
-    return [Muon(matrices, lr, weight_decay=0.01), adamw]
+# the loop
 
 
-def one_pass(
-    lengths: np.ndarray, losses: np.ndarray, batch_size: int, revisit: float, order: np.random.Generator
-) -> list[list[int]]:
-    """Row numbers in random batches of rows of similar length, so that little of a batch is padding.
+@dataclass(frozen=True)
+class FitSettings:
+    """How `fit` trains."""
 
-    Of the rows whose last loss says that they are learned, a pass takes only the share `revisit`.
-    """
-    rows = np.flatnonzero((losses > LEARNED) | (order.random(len(losses)) < revisit))
-    rows = order.permutation(rows if len(rows) else len(losses))
-    pools = np.array_split(rows, max(1, len(rows) // (8 * batch_size)))
-    rows = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
-    batches = np.array_split(rows, -(-len(rows) // batch_size))
-    return [batches[i].tolist() for i in order.permutation(len(batches))]
+    epochs: int  # an epoch is as many steps as all rows fill
+    batch_size: int  # rows per step, of all processes together
+    lr: float  # peak learning rate
+    muon: bool  # Muon for the matrices inside the model, AdamW for the rest; otherwise AdamW for all
+    seed: int  # of the order of the rows
+    decay_fraction: float = 1.0  # the fraction of the steps, at the end, over which the learning rate falls to 0
+    revisit: float = 1.0  # the probability that a pass takes a row that is learned
+    select_by: str = "loss"  # the validation metric whose lowest value decides which epoch's weights are the result
 
 
 def fit(
@@ -110,125 +122,145 @@ def fit(
     lengths: list[int],
     loss_of: Callable[[list[int]], tuple[Tensor, Tensor]],
     validate: Callable[[], dict[str, float]],
+    settings: FitSettings,
     *,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    muon: bool,
+    stage: str,
     device: torch.device,
-    seed: int,
-    decay: float,
-    label: str,
-    keep: Keep,
-    saved: dict | None,
-    revisit: float = 1.0,
-    lowest: str = "loss",
+    checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, float]]:
-    """Train `model` on batches of row numbers.
+    """Train `model` on batches of row numbers. Returns the metrics of every epoch; the best epoch's weights remain.
 
-    `lengths` are those of all rows; loss_of a batch is the loss of each of its rows, summed over what the row has to
-    predict, and how much that is, [B] each.
-    An epoch is as many steps as all rows fill. The learning rate rises over the first twentieth of the steps, and
-    falls to 0 over the last part, `decay`, of them. `keep` is called after every step, and `saved` is what it saved of
-    a fit with this label, to go on from; one of another label changes nothing.
-    Returns what `validate` said after every epoch; the model ends with the weights for which `lowest` of it was lowest.
+    lengths: of all rows, in tokens. loss_of: row numbers -> the losses of these rows, each summed over the row's
+    targets, and the numbers of targets, [B] each. validate: the validation metrics of the model as it is. stage: the
+    name of this fit on the progress bar and in checkpoints.
     """
-    optimizers, per_epoch = make_optimizers(model, lr, muon), -(-len(lengths) // batch_size)
-    steps, lengths, order = epochs * per_epoch, np.array(lengths), np.random.default_rng(seed)
-    losses = torch.full((len(lengths),), torch.inf, dtype=torch.float64)  # of every row when it was last seen
-    run = {"done": 0, "total": 0.0, "skipped": 0, "waiting": [], "history": [], "best": None, "losses": losses}
-    if saved and saved["label"] == label:
-        run = restore(saved, model, optimizers, order)
-
-    def state() -> dict:
-        """What a checkpoint holds."""
-        own = {"label": label, "model": model.state_dict(), "optimizers": [each.state_dict() for each in optimizers]}
-        return run | own | {"order": order.bit_generator.state, "random": checkpoint.random_states()}
-
-    bar = progress(label, "step", run["done"], steps)
+    optimizer = supervised_optimizer(model, settings.lr, settings.muon)
+    batches, progress = Batches(lengths, settings.batch_size, settings.revisit, settings.seed), Progress()
+    state = {"model": model, "optimizer": optimizer, "batches": batches, "progress": progress, "random": RandomState()}
+    if checkpoints:
+        checkpoints.restore(state, stage)
+    steps_per_epoch = -(-len(lengths) // settings.batch_size)
+    steps = settings.epochs * steps_per_epoch
+    bar = runtime.progress(stage, "step", progress.steps_taken, steps)
     for step in bar:
         model.train()
-        set_lr(optimizers, lr * share_of_lr(step - 1, steps, decay))
-        run["waiting"] = run["waiting"] or one_pass(lengths, run["losses"].numpy(), batch_size, revisit, order)
-        batch = run["waiting"].pop(0)
-        mine = distributed.share(batch)
-        row_losses, predicted = loss_of(mine) if mine else nothing(device)
-        loss, finite = learn(model, optimizers, row_losses, predicted)
-        run["skipped"] = 0 if finite else run["skipped"] + 1
-        if run["skipped"] == TOLERATED:
+        optimizer.set_lr(settings.lr * lr_factor(step - 1, steps, settings.decay_fraction))
+        batch = batches.take()
+        shard = distributed.shard(batch)
+        row_losses, target_counts = loss_of(shard) if shard else no_losses(device)
+        loss, is_finite = take_step(optimizer, row_losses, target_counts)
+        if is_finite:
+            batches.record(batch, distributed.gather((row_losses.detach() / target_counts).tolist()))
+        progress.end_step(loss, is_finite)
+        if progress.skipped == runtime.TOLERATED:
             what = "gradient" if row_losses.isfinite().all() else "loss"
-            raise UserError(f"{label}, step {step}: the {what} is not finite, {TOLERATED} times in a row; lower --lr")
-        if finite:
-            seen = distributed.gather((row_losses.detach() / predicted).tolist())
-            run["losses"][batch] = torch.tensor(seen, dtype=torch.float64)
-            run["total"] += loss
-        epoch, count = divmod(step - 1, per_epoch)
-        bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {run['total'] / (count + 1):.3f}", refresh=False)
-        if count + 1 == per_epoch:
+            raise UserError(
+                f"{stage}, step {step}: the {what} is not finite, {runtime.TOLERATED} times in a row; lower --lr"
+            )
+        epoch, steps_before = divmod(step - 1, steps_per_epoch)
+        mean_loss = progress.epoch_loss / (steps_before + 1)
+        bar.set_postfix_str(f"epoch {epoch + 1}/{settings.epochs}, loss {mean_loss:.3f}", refresh=False)
+        if steps_before + 1 == steps_per_epoch:
             model.eval()
-            found = {"epoch": epoch + 1, "train_loss": run["total"] / per_epoch} | validate()
-            bar.write(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-            end_epoch(run, model, found, lowest)
-        run["done"] = step
-        keep(step, state)
+            metrics = {"epoch": epoch + 1, "train_loss": mean_loss} | validate()
+            bar.write(f"{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            progress.end_epoch(metrics, settings.select_by, model)
+        if checkpoints:
+            checkpoints.after_step(step, state, stage)
     model.eval()
-    model.load_state_dict(run["best"][1])
-    return run["history"]
+    model.load_state_dict(progress.best_weights)
+    return progress.history
 
 
-def end_epoch(run: dict, model: nn.Module, found: dict[str, float], lowest: str) -> None:
-    """Notes what was found, and keeps the weights if `lowest` of it is the lowest so far."""
-    run["history"].append(found)
-    run["total"] = 0.0
-    if run["best"] is None or found[lowest] < run["best"][0]:
-        run["best"] = found[lowest], copy.deepcopy(model.state_dict())
+def lr_factor(step: int, steps: int, decay_fraction: float) -> float:
+    """The learning rate after `step` of `steps` steps, relative to its peak."""
+    return min((step + 1) / (WARMUP * steps + 1), 1, (1 - step / steps) / decay_fraction)
 
 
-def restore(saved: dict, model: nn.Module, optimizers: list[torch.optim.Optimizer], order: np.random.Generator) -> dict:
-    """Puts everything back as it was, and returns how far it was."""
-    model.load_state_dict(saved["model"])
-    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    order.bit_generator.state = saved["order"]
-    checkpoint.set_random_states(saved["random"])
-    return {name: saved[name] for name in ("done", "total", "skipped", "waiting", "history", "best", "losses")}
+def take_step(optimizer: Optimizer, row_losses: Tensor, target_counts: Tensor) -> tuple[float, bool]:
+    """Take a step on the mean loss per target of the rows of all processes, of which this one has B.
+
+    Returns the mean, and whether the gradient was finite; if it was not, the weights stay as they are.
+    """
+    targets = distributed.all_reduce(target_counts.detach().sum())
+    (row_losses.sum() / targets).backward()
+    is_finite = bool(optimizer.step().isfinite())
+    return (distributed.all_reduce(row_losses.detach().sum()) / targets).item(), is_finite
 
 
-def nothing(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The losses of a process that has no rows of a batch, and how much these had to predict."""
+def no_losses(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The losses and target counts of a process that has no rows of a batch."""
     return torch.zeros(0, device=device, requires_grad=True), torch.zeros(0, dtype=torch.long, device=device)
 
 
-def share_of_lr(step: int, steps: int, decay: float) -> float:
-    """The learning rate after `step` of the steps, as a share of its peak."""
-    return min((step + 1) / (0.05 * steps + 1), 1, (1 - step / steps) / decay)
+class Batches:
+    """Random batches of row numbers, pass after pass, and the last loss of every row."""
+
+    def __init__(self, lengths: list[int], batch_size: int, revisit: float, seed: int):
+        self._lengths, self._batch_size, self._revisit = np.array(lengths), batch_size, revisit
+        self._rng = np.random.default_rng(seed)
+        self._waiting: list[list[int]] = []  # batches of the present pass
+        self._losses = torch.full((len(lengths),), torch.inf, dtype=torch.float64)  # per target, when last seen
+
+    def take(self) -> list[int]:
+        """The next batch."""
+        if not self._waiting:
+            self._waiting = one_pass(self._lengths, self._losses.numpy(), self._batch_size, self._revisit, self._rng)
+        return self._waiting.pop(0)
+
+    def record(self, batch: list[int], losses: list[float]) -> None:
+        """Note the losses per target of a batch's rows."""
+        self._losses[batch] = torch.tensor(losses, dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": self._rng.bit_generator.state, "waiting": self._waiting, "losses": self._losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rng.bit_generator.state = state["rng"]
+        self._waiting, self._losses = state["waiting"], state["losses"]
 
 
-def learn(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], row_losses: Tensor, predicted: Tensor
-) -> tuple[float, bool]:
-    """One step on the losses of B rows, each summed over `predicted` things, [B]: the mean, and whether it was taken.
+def one_pass(
+    lengths: np.ndarray, losses: np.ndarray, batch_size: int, revisit: float, rng: np.random.Generator
+) -> list[list[int]]:
+    """Random batches of row numbers. The rows of a batch have similar lengths, so that little of it is padding.
 
-    A step that is not finite never reaches the weights. The rows of other processes count too.
+    lengths, losses: of all rows, [N] each. A pass takes a row that is learned with probability `revisit`.
     """
-    parameters = list(model.parameters())
-    all_predicted = distributed.total(predicted.detach().sum())
-    (row_losses.sum() / all_predicted).backward()
-    distributed.add_gradients(parameters)
-    finite = bool(nn.utils.clip_grad_norm_(parameters, 1.0).isfinite())
-    for optimizer in optimizers:
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-    return (distributed.total(row_losses.detach().sum()) / all_predicted).item(), finite
+    rows = np.flatnonzero((losses > LEARNED) | (rng.random(len(losses)) < revisit))
+    rows = rng.permutation(rows if len(rows) else len(losses))
+    pools = np.array_split(rows, max(1, len(rows) // (8 * batch_size)))
+    rows = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+    batches = np.array_split(rows, -(-len(rows) // batch_size))
+    return [batches[i].tolist() for i in rng.permutation(len(batches))]
 
 
-@torch.no_grad()
-def perplexity(model, rows: list[list[int]], pad_id: int, device: torch.device, batch: int = 64) -> dict[str, float]:
-    """Of texts given as token ids: "loss" in nats a token, and its exponential."""
-    rows, total, count = sorted(rows, key=len), 0.0, 0
-    for start in range(0, len(rows), batch):
-        ids, mask = pad(rows[start : start + batch], pad_id, device)
-        losses, predicted = lm_loss(model, ids, mask)
-        total, count = total + losses.sum().item(), count + predicted.sum().item()
-    return {"loss": total / count, "perplexity": float(np.exp(total / count))}
+class Progress:
+    """How far a fit is, and its best weights so far."""
+
+    def __init__(self):
+        self.steps_taken = 0
+        self.epoch_loss = 0.0  # sum of the losses of the present epoch's steps
+        self.skipped = 0  # steps in a row that were skipped, up to the last one
+        self.history: list[dict[str, float]] = []  # metrics of every epoch
+        self.best_value: float | None = None  # of the metric to select by
+        self.best_weights: dict[str, Tensor] | None = None
+
+    def end_step(self, loss: float, is_finite: bool) -> None:
+        self.steps_taken += 1
+        self.skipped = 0 if is_finite else self.skipped + 1
+        if is_finite:
+            self.epoch_loss += loss
+
+    def end_epoch(self, metrics: dict[str, float], select_by: str, model: nn.Module) -> None:
+        """Note the metrics, and copy the weights if they are the best so far."""
+        self.history.append(metrics)
+        self.epoch_loss = 0.0
+        if self.best_value is None or metrics[select_by] < self.best_value:
+            self.best_value, self.best_weights = metrics[select_by], copy.deepcopy(model.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)

@@ -1,4 +1,4 @@
-"""A CUDA device for machines that have none: torch has one inside `with pretend.cuda() as log:`, and the CPU computes.
+"""A CUDA device for machines that have none: torch has one within `with pretend.cuda() as log:`, and the CPU computes.
 
 A DeviceTensor shares the memory of a CPU tensor and says that it is on cuda:0. What CUDA refuses is refused with its
 message: operations on tensors of both devices, a generator of the other device, .numpy(). `log` counts how often every
@@ -44,7 +44,7 @@ class Log:
         return value
 
     def wait(self, what: str) -> None:
-        """Counts a wait for the innermost line of the project that is being executed."""
+        """Count a wait, at the innermost line of the project that is executing."""
         frame, line = sys._getframe(1), "?"
         while frame and line == "?":
             path = Path(frame.f_code.co_filename)
@@ -71,19 +71,19 @@ def on_cuda(x) -> bool:
     return isinstance(x, DeviceTensor) or (isinstance(x, (str, torch.device)) and str(x).startswith("cuda"))
 
 
-def each(function, x):
-    """function(x), or that of everything in lists, tuples and dictionaries."""
+def map_nested(function, x):
+    """x with the function applied to everything in its lists, tuples and dictionaries."""
     if isinstance(x, (list, tuple)):
-        return (list if isinstance(x, list) else tuple)(each(function, y) for y in x)
+        return (list if isinstance(x, list) else tuple)(map_nested(function, y) for y in x)
     if isinstance(x, dict):
-        return {name: each(function, y) for name, y in x.items()}
+        return {name: map_nested(function, y) for name, y in x.items()}
     return function(x)
 
 
 def tensors_in(*nested) -> list[torch.Tensor]:
-    found = []
-    each(lambda x: found.append(x) if isinstance(x, torch.Tensor) else None, nested)
-    return found
+    tensors = []
+    map_nested(lambda x: tensors.append(x) if isinstance(x, torch.Tensor) else None, nested)
+    return tensors
 
 
 class DeviceTensor(torch.Tensor):
@@ -152,20 +152,20 @@ class _CopyToHost(torch.autograd.Function):
 
 
 def execute(func, args: tuple, kwargs: dict):
-    """Does an operation with the CPU tensors inside, if CUDA would do it."""
+    """Do an operation on the CPU tensors inside device tensors, if CUDA would do it."""
     log, device = DeviceTensor.events, kwargs.get("device")
     inputs = tensors_in(args, kwargs)
-    given = {id(x.inner): x for x in inputs if on_cuda(x)}  # an operation in place returns what it was given
-    to_cuda = bool(given) or on_cuda(device) or (device is not None and log.in_device_call)
+    device_inputs = {id(x.inner): x for x in inputs if on_cuda(x)}  # one of them is what an in-place operation returns
+    to_cuda = bool(device_inputs) or on_cuda(device) or (device is not None and log.in_device_call)
     if func is aten._to_copy.default:
-        if to_cuda and not given and inputs[0].numel() and not kwargs.get("non_blocking"):
+        if to_cuda and not device_inputs and inputs[0].numel() and not kwargs.get("non_blocking"):
             log.wait("copy to the device")
     elif func is aten.copy_.default:
         to_cuda = on_cuda(args[0])
         is_number = to_cuda and not args[1].dim()  # x[0] = 1, which CUDA fills in
         if on_cuda(args[1]) != to_cuda and not is_number and not any(args[2:]):
             log.wait("copy to the device" if to_cuda else "copy to the host")
-    elif given:
+    elif device_inputs:
         check(func, args, inputs)
         depends_on_values = {Tag.data_dependent_output, Tag.dynamic_output_shape} & set(func.tags)
         if depends_on_values and func not in INDEXING and kwargs.get("output_size") is None:
@@ -174,20 +174,20 @@ def execute(func, args: tuple, kwargs: dict):
         args, func = tuple(x.to(args[-1]) for x in args[:-1]), WITHOUT_CPU_KERNEL[func]
     draws = to_cuda and Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
 
-    def inside(x):
+    def unwrapped(x):
         return x.inner if isinstance(x, DeviceTensor) else CPU if on_cuda(x) else x
 
-    def outside(x):
+    def wrapped(x):
         if not (to_cuda and isinstance(x, torch.Tensor)):
             return x
-        return given[id(x)] if id(x) in given else DeviceTensor(x)
+        return device_inputs[id(x)] if id(x) in device_inputs else DeviceTensor(x)
 
     with default_generator.in_place_of_the_cpus() if draws else contextlib.nullcontext():
-        return each(outside, func(*each(inside, args), **each(inside, kwargs)))
+        return map_nested(wrapped, func(*map_nested(unwrapped, args), **map_nested(unwrapped, kwargs)))
 
 
 def check(func, args: tuple, inputs: list[torch.Tensor]) -> None:
-    """Refuses what CUDA refuses, and counts the waits for an index."""
+    """Refuse what CUDA refuses, and count the waits for an index."""
     if Tag.inplace_view in func.tags:
         raise NotImplementedError(f"the pretend device cannot do {func}, which gives a tensor another shape in place")
     indices = [x for x in args[1] if x is not None] if func in INDEXING else []
@@ -211,16 +211,16 @@ class _Operations(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Does before an operation what torch needs a driver for."""
+    """Does in place of torch what it needs a driver for."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.device:
             return func(*args, **(kwargs or {}))
 
-        def numbered(x):
+        def with_index(x):
             return CUDA if isinstance(x, (str, torch.device)) and on_cuda(x) else x
 
-        args, kwargs = [numbered(x) for x in args], {name: numbered(x) for name, x in (kwargs or {}).items()}
+        args, kwargs = [with_index(x) for x in args], {name: with_index(x) for name, x in (kwargs or {}).items()}
         if func is torch.Tensor.cuda:
             func, args = torch.Tensor.to, [*args[:1], CUDA]
         if func is torch.Tensor.to and any(isinstance(x, DeviceTensor) for x in args[1:2]):
@@ -260,7 +260,7 @@ class Generator(torch.Generator):
 
     @contextlib.contextmanager
     def in_place_of_the_cpus(self):
-        """What is given no generator draws from this one."""
+        """Operations without a generator draw from this one."""
         before = torch.default_generator.get_state()
         torch.default_generator.set_state(super().get_state())
         yield
@@ -272,7 +272,7 @@ default_generator = Generator("cuda")
 
 
 def add_float32_operations(library: torch.library.Library) -> None:
-    """Makes the CPU's autocast keep in float32 what only CUDA's does; in low precision the two do nearly the same."""
+    """Make the CPU's autocast keep in float32 what only CUDA's does; in low precision the two do nearly the same."""
 
     def wide(x):
         return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
@@ -280,7 +280,7 @@ def add_float32_operations(library: torch.library.Library) -> None:
     def in_float32(operation):
         def call(*args, **kwargs):
             with torch.autocast("cpu", enabled=False):
-                return operation(*each(wide, args), **each(wide, kwargs))
+                return operation(*map_nested(wide, args), **map_nested(wide, kwargs))
 
         return call
 
@@ -304,17 +304,17 @@ def move(module: nn.Module, fn, recurse: bool = True, apply=nn.Module._apply) ->
 
 @contextlib.contextmanager
 def cuda():
-    """Gives torch a CUDA device until the end of the block; yields its Log."""
+    """Give torch a CUDA device until the end of the block; yields its Log."""
     DeviceTensor.events = log = Log()
     autocast, enabled, dtype_of = torch.autocast.__init__, torch.is_autocast_enabled, torch.get_autocast_dtype
     group, lifts_only_cpu = torch._C._group_tensors_by_device_and_dtype, torch._C._only_lift_cpu_tensors()
     properties = types.SimpleNamespace(name="a pretend CUDA device", total_memory=80 * 2**30, major=9, minor=0)
-    kinds = {"cuda": "cpu"}  # whose autocast it is
+    stand_ins = {"cuda": "cpu"}  # whose autocast it is
 
     def start_autocast(self, kind, *args, **kwargs):
-        autocast(self, kinds.get(kind, kind), *args, **kwargs)
+        autocast(self, stand_ins.get(kind, kind), *args, **kwargs)
 
-    def grouped(lists, *args):  # of what it says only the device is wrong
+    def grouped(lists, *args):  # torch is right about everything but the device
         return {(x[0][0][0].device, dtype): x for (_, dtype), x in group(lists, *args).items()}
 
     with contextlib.ExitStack() as stack:
@@ -336,8 +336,8 @@ def cuda():
                 reset_peak_memory_stats=lambda *_: setattr(log, "peak", log.live),
             ),
             mock.patch.object(torch, "Generator", Generator),
-            mock.patch.object(torch, "is_autocast_enabled", lambda kind="cuda": enabled(kinds.get(kind, kind))),
-            mock.patch.object(torch, "get_autocast_dtype", lambda kind: dtype_of(kinds.get(kind, kind))),
+            mock.patch.object(torch, "is_autocast_enabled", lambda kind="cuda": enabled(stand_ins.get(kind, kind))),
+            mock.patch.object(torch, "get_autocast_dtype", lambda kind: dtype_of(stand_ins.get(kind, kind))),
             mock.patch.object(torch.autocast, "__init__", start_autocast),
             mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped),
             mock.patch.object(nn.Module, "_apply", move),

@@ -1,6 +1,5 @@
 """Nothing is lost: what a signal, a kill, a full disk, numbers that are not finite and a second process can do."""
 
-import argparse
 import contextlib
 import errno
 import math
@@ -15,13 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from rlhf.errors import UserError
-from tqdm import tqdm
 
 import ppo
 from rlhf import checkpoint, cli, models, run_log, supervised
+from rlhf.errors import UserError
+from rlhf.policy import PolicyWithValue
 from tests.conftest import TINY_RUN, refused, run
 from tests.stress.kill_test import kill_test
+from tests.tiny import collect
 
 SETTINGS = {"lr": 0.1, "resume": False}
 FOUR_UPDATES = [*TINY_RUN, "--episodes", "64"]
@@ -94,13 +94,13 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
     assert torch.equal(checkpoint.load(path, SETTINGS)["weights"], torch.ones(1000))
     for broken in (b"", b"text", whole[:-1], whole[: len(whole) // 2]):
         path.write_bytes(broken)
-        with pytest.raises(UserError, match="is no checkpoint of ours"):
+        with pytest.raises(UserError, match="is no checkpoint of this project"):
             checkpoint.load(path, SETTINGS)
     checkpoint.save(path, {"format": 0, "settings": SETTINGS})
-    with pytest.raises(UserError, match="has format 0, not 3"):
+    with pytest.raises(UserError, match="has format 0, not 4"):
         checkpoint.load(path, SETTINGS)
     torch.save({"format": checkpoint.FORMAT, "settings": print}, path)  # code in it is not run
-    with pytest.raises(UserError, match="is no checkpoint of ours"):
+    with pytest.raises(UserError, match="is no checkpoint of this project"):
         checkpoint.load(path, SETTINGS)
 
 
@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     path = tmp_path / "x.checkpoint"
     state = {"format": checkpoint.FORMAT, "settings": SETTINGS, "step": 1}
     checkpoint.save(path, state)
-    with small_disk(), pytest.raises(UserError, match=r"cannot be written .*the one before it is still there"):
+    with small_disk(), pytest.raises(UserError, match=r"cannot be written .*the previous one is still there"):
         checkpoint.save(path, state | {"step": 2, "weights": torch.ones(100_000)})
     assert checkpoint.load(path, SETTINGS)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["x.checkpoint"]
@@ -148,15 +148,15 @@ def test_three_losses_in_a_row_that_are_not_finite_stop_a_fit():
     def fit(bad_steps):
         steps.clear()
 
-        def loss(batch):
+        def loss_of(batch):
             steps.append(1)
-            rows = layer(torch.ones(len(batch), 2)).squeeze(1) * (np.nan if len(steps) in bad_steps else 1.0)
-            return rows, torch.ones(len(batch))
+            losses = layer(torch.ones(len(batch), 2)).squeeze(1) * (np.nan if len(steps) in bad_steps else 1.0)
+            return losses, torch.ones(len(batch))
 
+        settings = supervised.FitSettings(epochs=1, batch_size=1, lr=0.1, muon=False, seed=0)
         return supervised.fit(
-            layer, [1] * 8, loss, lambda: {"loss": 0.0}, epochs=1, batch_size=1, lr=0.1, muon=False,
-            device=torch.device("cpu"), seed=0, decay=1.0, label="test", keep=lambda *_: None, saved=None,
-        )  # fmt: skip
+            layer, [1] * 8, loss_of, lambda: {"loss": 0.0}, settings, stage="test", device=torch.device("cpu")
+        )
 
     before = layer.weight.detach().clone()
     fit(bad_steps=(1, 2, 4, 5))
@@ -181,7 +181,7 @@ def test_three_updates_in_a_row_that_are_not_finite_stop_a_run(chain, monkeypatc
     last = said.stderr.strip().splitlines()[-1]
     assert last.startswith("error: update 4: the gradient of the loss is not finite, 3 updates in a row; lower --lr")
     state = torch.load(home / "models" / "nan.checkpoint", weights_only=True)
-    assert all(weight.isfinite().all() for weight in state["policy"].values())
+    assert all(weight.isfinite().all() for weight in state["state"]["policy"].values())
     assert pd.read_csv(home / "data_results" / "nan" / "log.csv")["skipped"].tolist() == [0, 2, 2, 2]
 
 
@@ -191,32 +191,30 @@ def test_a_kl_beyond_the_limit_is_said_once(chain):
     assert said.count("above --kl-limit") == 1
 
 
-def test_a_kl_that_stays_negative_is_said_once(capsys):
-    args = argparse.Namespace(ppo_epochs=1, minibatches=1, kl_limit=20.0, out="models/x")
-    run_so_far = {"kls": [], "not_finite": 0, "warned": False}
+def test_a_kl_that_stays_negative_is_said_once(tmp_path, capsys):
+    settings = {"tokenizer": None, "part_names": [], "judge": None, "kl_limit": 20.0, "tensorboard": False}
+    log = run_log.RunLog(tmp_path, 40, 16, **settings)
+    updates = log.updates()
     for update in range(1, 30):
-        run_so_far |= {"update": update, "row": {"skipped": 0, "kl": -0.5}}
-        run_log.guard(run_so_far, None, args, tqdm(disable=True))
-        assert run_so_far["warned"] == (update >= run_log.MOVING_AVERAGE)
-    said = capsys.readouterr().err
-    assert said.count("warning: update 10: the KL stays negative") == 1
-    assert said.count("warning") == 1
+        next(updates)
+        log.last_row = {"update": update, "kl": -0.5}
+        log.check(None, update_skipped=False, out="models/x")
+        assert capsys.readouterr().err.count("the KL stays negative") == (update == run_log.MOVING_AVERAGE)
 
 
 def test_a_rollout_says_which_of_its_numbers_is_not_finite(tiny_model):
-    policy = ppo.PolicyWithValue(tiny_model)
-    flags = {"length": 3, "temperature": 1.0, "stop_id": 10, "forward_batch": 2, "generator": torch.Generator()}
+    policy = PolicyWithValue(tiny_model)
 
-    def found():
-        return ppo.collect(policy, tiny_model, torch.ones(2, 2).long(), torch.ones(2, 2).long(), **flags).not_finite
+    def not_finite():
+        return collect(policy, tiny_model).not_finite
 
-    assert found() is None
+    assert not_finite() is None
     with torch.no_grad():
         policy.value_head.bias.fill_(math.inf)
-    assert found() == "values"
+    assert not_finite() == "values"
     with torch.no_grad():
         tiny_model.transformer.ln_f.bias.fill_(math.nan)
-    assert found() == "logprobs"
+    assert not_finite() == "logprobs"
 
 
 def test_a_disk_that_is_full_while_a_row_is_written_ends_in_one_line(capsys):

@@ -1,6 +1,6 @@
-"""All scripts on a pretend CUDA device: devices are not mixed, stopped runs end bit-identical, the host seldom waits.
+"""All scripts on a pretend CUDA device: devices are not mixed, resumed runs are bit-identical, the host seldom waits.
 
-What only a GPU can show, its speed, its rounding and its memory, is not tested here.
+These tests do not show what needs a GPU: speed, rounding, and its memory allocator.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from torch import nn
 
 import ppo
 from benchmarks import cases, host_waits
-from rlhf import models, rewards, sampling, supervised
+from rlhf import sampling, supervised
 from tests import pretend
 from tests.conftest import TINY_EVALUATION, TINY_RUN, run
 from tests.stress.kill_test import same, small_project
 
-# How often the host may wait for the device, which stops a GPU for some ten microseconds each time: for a look at which
-# rows have ended every few tokens, and a number of times that does not grow with tokens or texts in every slice of a
-# rollout (two models), in every slice of an update, and for a batch of texts to score.
+# How often the host may wait for the device. Each wait stops a GPU for some ten microseconds. A rollout may wait every
+# few tokens, to see which rows have ended, and twice in every forward batch (two models); an update once in every
+# minibatch and forward batch. Beyond that, neither may wait more often for more tokens or texts, nor may scoring.
 QUERIES, LENGTH, FORWARD_BATCH, MINIBATCHES = 16, 12, 4, 2
 WAITS_OF_A_ROLLOUT, WAITS_OF_A_SCORE, WAITS_OF_AN_UPDATE = 6, 8, 4
 SHORT_RUN = [*TINY_RUN, "--response-length", 12]
@@ -33,6 +33,7 @@ TIMINGS = ["seconds_rollout", "seconds_score", "seconds_update", "episodes_per_s
 
 
 def run_on_device(script, *flags, home, code=0) -> pretend.Log:
+    """Run a script on the pretend device. Returns what the device was asked for."""
     with pretend.cuda() as log:
         run(script, *flags, "--device", "cuda", cwd=home, code=code, cuda=True)
     return log
@@ -69,7 +70,7 @@ def test_the_scripts_run_on_the_device_and_name_it(on_device):
     for path in ("config.json", "evaluation.json"):
         assert json.loads((folder / path).read_text())["machine"] == "a pretend CUDA device"
     assert all(log.initialized and log.peak > 2**20 for log in logs)
-    assert all(log.live == 0 for log in logs)  # nothing stays behind
+    assert all(log.live == 0 for log in logs)  # no tensor is left on the device
 
 
 def test_the_first_ratio_is_1_in_low_precision_too(on_device):
@@ -81,13 +82,13 @@ def test_the_first_ratio_is_1_in_low_precision_too(on_device):
     [
         ["--leave-one-out", "--answers", 2],
         ["--kl", "sampled", "--target-kl", 1, "--whiten-rewards", "--separate-value", "--optimizer", "adam"],
-        ["--reward", "models/cls", "--reward=-0.5*own.py:short", "--ppo-epochs", 2],
+        ["--reward", "models/cls", "--reward=-0.5*length.py:short", "--ppo-epochs", 2],
     ],
-    ids=["leave one out", "the paper's", "two rewards"],
+    ids=["leave one out", "as in [3]", "two rewards"],
 )
-def test_other_ways_to_learn(on_device, flags):
+def test_other_objectives(on_device, flags):
     home, _ = on_device
-    (home / "own.py").write_text("def short(queries, responses):\n    return [-len(r) for r in responses]\n")
+    (home / "length.py").write_text("def short(queries, responses):\n    return [-len(r) for r in responses]\n")
     run_on_device("finetuning_nlg", *SHORT_RUN, *flags, "--run", "other", "--out", "models/other", home=home)
     log = run_log(home, "other")
     assert np.isfinite(log[["score", "kl", "policy_loss", "grad_norm", "ethics"]]).all(axis=None)
@@ -96,7 +97,7 @@ def test_other_ways_to_learn(on_device, flags):
 
 
 @pytest.mark.parametrize("feedback", ["good-bad", "best-of-3"])
-def test_people_are_the_reward(on_device, feedback):
+def test_feedback_from_people(on_device, feedback):
     home, _ = on_device
     flags = ["--reward", "human", "--annotator", "gold", "--reward-epochs", 1, "--feedback", feedback, "--labels", 20]
     flags += ["--label-rounds", 2, "--feedback-file", f"{feedback}.jsonl", "--run", feedback, "--out", "models/people"]
@@ -109,7 +110,7 @@ def test_people_are_the_reward(on_device, feedback):
 @pytest.mark.parametrize("name", ["scratch:llama:1x32", "scratch:gpt_neox:1x32"])
 def test_other_architectures(on_device, name):
     home, _ = on_device
-    nlg, cls, policy = (f"models/{name.split(':')[1]}_{part}" for part in ("nlg", "cls", "ppo"))
+    nlg, cls, policy = (f"models/{name.split(':')[1]}_{model}" for model in ("nlg", "cls", "ppo"))
     run_on_device("train_nlg", "--model", name, "--epochs", 1, "--samples", 8, "--out", nlg, home=home)
     run_on_device("train_cls", "--model", nlg, "--optimizer", "muon", "--epochs", 1, "--out", cls, home=home)
     flags = ["--policy", nlg, "--reward", cls, "--out", policy, "--run", nlg.replace("/", "_")]
@@ -125,7 +126,7 @@ def test_a_run_on_the_cpu_leaves_the_device_alone(on_device):
     assert not log.initialized
 
 
-# stopping and going on
+# stopping and resuming
 
 
 def with_dropout(home) -> str:
@@ -138,14 +139,14 @@ def with_dropout(home) -> str:
 
 
 @pytest.mark.parametrize("script", ["finetuning_nlg", "train_nlg", "train_cls"])
-def test_a_stopped_run_ends_as_one_that_was_left_alone(on_device, monkeypatch, script):
+def test_a_stopped_and_resumed_run_ends_like_an_uninterrupted_one(on_device, monkeypatch, script):
     home, _ = on_device
     flags = {
         "finetuning_nlg": [*SHORT_RUN, "--episodes", 64, "--ppo-epochs", 2],
         "train_nlg": ["--model", with_dropout(home), "--epochs", 2, "--samples", 4],
         "train_cls": ["--epochs", 2, "--lm-epochs", 1],
     }[script]
-    module, name = (ppo, "update") if script == "finetuning_nlg" else (supervised, "learn")
+    module, name = (ppo, "update") if script == "finetuning_nlg" else (supervised, "take_step")
     step, calls = getattr(module, name), []
 
     def step_with_a_signal(*args, **kwargs):
@@ -154,27 +155,27 @@ def test_a_stopped_run_ends_as_one_that_was_left_alone(on_device, monkeypatch, s
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args, **kwargs)
 
-    def outcome(folder, *more, code=0):
+    def run_to(folder, *more, code=0):
         names = ["--run", folder] if script == "finetuning_nlg" else ["--results", folder]
         run_on_device(script, *flags, *names, "--out", f"models/{folder}", *more, home=home, code=code)
 
-    outcome("alone")
+    run_to("uninterrupted")
     with monkeypatch.context() as patch:
         patch.setattr(module, name, step_with_a_signal)
-        outcome("stopped", code=128 + signal.SIGTERM)
+        run_to("stopped", code=128 + signal.SIGTERM)
     assert not (home / "models" / "stopped").exists()
-    outcome("stopped", "--resume")
-    assert weights(home / "models" / "stopped") == weights(home / "models" / "alone")
+    run_to("stopped", "--resume")
+    assert weights(home / "models" / "stopped") == weights(home / "models" / "uninterrupted")
     if script == "finetuning_nlg":
-        pd.testing.assert_frame_equal(run_log(home, "stopped"), run_log(home, "alone"))
-    for folder in ("stopped", "alone"):
+        pd.testing.assert_frame_equal(run_log(home, "stopped"), run_log(home, "uninterrupted"))
+    for folder in ("stopped", "uninterrupted"):
         shutil.rmtree(home / "models" / folder)
 
 
-@pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda")])
-def test_a_stopped_run_goes_on_on_another_device(on_device, monkeypatch, first, then):
+@pytest.mark.parametrize(("stopped_on", "resumed_on"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_stopped_run_resumes_on_another_device(on_device, monkeypatch, stopped_on, resumed_on):
     home, _ = on_device
-    flags = [*SHORT_RUN, "--episodes", 64, "--run", f"{first}_{then}", "--out", "models/moved", "--resume"]
+    flags = [*SHORT_RUN, "--episodes", 64, "--run", f"{stopped_on}_{resumed_on}", "--out", "models/moved", "--resume"]
     update, calls = ppo.update, []
 
     def update_with_a_signal(*args, **kwargs):
@@ -185,12 +186,12 @@ def test_a_stopped_run_goes_on_on_another_device(on_device, monkeypatch, first, 
 
     with monkeypatch.context() as patch, pretend.cuda():
         patch.setattr(ppo, "update", update_with_a_signal)
-        run("finetuning_nlg", *flags, "--device", first, cwd=home, code=128 + signal.SIGTERM, cuda=True)
+        run("finetuning_nlg", *flags, "--device", stopped_on, cwd=home, code=128 + signal.SIGTERM, cuda=True)
     with pretend.cuda() as log:
-        run("finetuning_nlg", *flags, "--device", then, cwd=home, cuda=True)
-    assert log.initialized == (then == "cuda")
-    done = run_log(home, f"{first}_{then}")
-    assert done["update"].tolist() == [1, 2, 3, 4] and (done.ratio_deviation_first < 1e-4).all()
+        run("finetuning_nlg", *flags, "--device", resumed_on, cwd=home, cuda=True)
+    assert log.initialized == (resumed_on == "cuda")
+    log_rows = run_log(home, f"{stopped_on}_{resumed_on}")
+    assert log_rows["update"].tolist() == [1, 2, 3, 4] and (log_rows.ratio_deviation_first < 1e-4).all()
     shutil.rmtree(home / "models" / "moved")
 
 
@@ -198,20 +199,17 @@ def test_a_stopped_run_goes_on_on_another_device(on_device, monkeypatch, first, 
 
 
 def test_the_host_seldom_waits_for_the_device(chain):
-    home, device = chain[0], torch.device("cuda")
+    home, device = chain[0] / "models", torch.device("cuda")
+    queries = ["On Monday my sister", "A man"] * (QUERIES // 2)
+    case = cases.Case(QUERIES, 5, LENGTH, MINIBATCHES, (1,), FORWARD_BATCH)
     with pretend.cuda() as log:
-        reference, tokenizer = models.load_policy(str(home / "models" / "nlg"), "--policy")
-        score = rewards.of_model(*rewards.load_model(str(home / "models" / "cls")), device, "auto")
-        queries = ["On Monday my sister", "A man"] * (QUERIES // 2)
-        case = cases.Case(QUERIES, 5, LENGTH, MINIBATCHES, (1,), FORWARD_BATCH)
-        stages = host_waits.stages(log, reference.to(device), tokenizer, score, queries, case)
-    of_rollout, of_scores, of_update = stages.values()
-    for stage, lines in stages.items():
-        print(f"{stage}: {lines.total()} waits\n" + "".join(f"  {n:4} {line}\n" for line, n in lines.most_common()))
-    slices = QUERIES // FORWARD_BATCH
-    assert of_rollout.total() <= WAITS_OF_A_ROLLOUT + LENGTH / sampling.LOOK_EVERY + 2 * slices
-    assert of_scores.total() <= WAITS_OF_A_SCORE
-    assert of_update.total() <= WAITS_OF_AN_UPDATE + MINIBATCHES + slices
+        update = cases.Update(case, 1, home / "nlg", home / "cls", device, "bfloat16", queries)
+        waits = host_waits.waits_by_stage(log, update)
+    host_waits.show(waits)
+    batches = QUERIES // FORWARD_BATCH
+    assert waits["rollout"].total() <= WAITS_OF_A_ROLLOUT + LENGTH / sampling.LOOK_EVERY + 2 * batches
+    assert waits["scoring"].total() <= WAITS_OF_A_SCORE
+    assert waits["update"].total() <= WAITS_OF_AN_UPDATE + MINIBATCHES + batches
 
 
 # the device itself
@@ -270,7 +268,7 @@ def test_what_cuda_refuses(device_log, mistake, says):
         (lambda x: nn.functional.one_hot(x.long(), 2), []),
     ],
 )
-def test_what_cuda_does_and_what_the_host_waits_for(device_log, allowed, waits_for):
+def test_what_cuda_allows_and_what_the_host_waits_for(device_log, allowed, waits_for):
     x = torch.ones(2, 2, device="cuda")
     assert allowed(x).device == torch.device("cuda", 0)
     assert [what for what, line in device_log.waits.elements() if line.startswith("test_cuda.py:")] == waits_for
@@ -295,7 +293,7 @@ def test_autocast_has_the_precision_of_cuda(device_log):
     assert layer(x).dtype == torch.float32
 
 
-def test_models_move_are_copied_and_come_back_from_files(device_log, tiny_model, tmp_path):
+def test_models_are_moved_copied_saved_and_loaded(device_log, tiny_model, tmp_path):
     tiny_model.to("cuda")
     clone, half = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model).to(torch.bfloat16)
     for model in (tiny_model, clone, half):
@@ -327,7 +325,7 @@ def test_the_device_draws_from_its_own_generator(device_log):
     assert torch.equal(torch.rand(3, device="cuda"), drawn)
 
 
-def test_bytes_are_counted_once_and_until_they_are_free(device_log):
+def test_bytes_are_counted_once_and_until_they_are_freed(device_log):
     x = torch.zeros(1000, device="cuda")
     views = x[:10], x.view(10, 100)
     assert (device_log.live, torch.cuda.max_memory_allocated()) == (4000, 4000)
@@ -338,7 +336,7 @@ def test_bytes_are_counted_once_and_until_they_are_free(device_log):
     assert torch.cuda.max_memory_allocated() == 0
 
 
-def test_the_device_goes_with_its_block():
+def test_the_device_is_gone_after_its_block():
     with contextlib.suppress(ValueError), pretend.cuda():
         assert torch.cuda.is_available()
         raise ValueError

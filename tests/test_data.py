@@ -1,4 +1,6 @@
-"""Queries, splits and scores: what they are cut from and what they mean."""
+"""Texts, labels, queries and scores: what they are made of and what they mean."""
+
+import random
 
 import numpy as np
 import pytest
@@ -6,7 +8,9 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import train_cls
-from rlhf import data, models, plots, rewards, supervised
+from rlhf import data, models, plots, rewards
+from rlhf.errors import UserError
+from tests.conftest import ROOT, write_csv
 
 
 def test_an_opening_is_the_first_sentence_or_half_of_a_single_one():
@@ -32,6 +36,25 @@ def test_queries_have_from_half_the_length_to_the_length_in_tokens():
     assert {len(query.split()) for query in queries} == {2, 3, 4}
 
 
+def test_a_query_stream_is_all_queries_in_one_random_order_after_the_other():
+    queries, rng = [f"query {i}" for i in range(10)], random.Random(3)
+    expected = rng.sample(queries, 10) + rng.sample(queries, 10) + rng.sample(queries, 10)
+    stream = data.QueryStream(queries, seed=3)
+    taken = [query for count in (4, 4, 4, 0, 12, 6) for query in stream.take(count)]
+    assert taken == expected
+    assert data.QueryStream(queries, seed=3).take(30) == expected  # more than all of them at once
+
+
+def test_a_query_stream_goes_on_from_its_state(tmp_path):
+    queries = [f"query {i}" for i in range(10)]
+    stream, resumed = data.QueryStream(queries, seed=0), data.QueryStream(queries, seed=1)
+    stream.take(13)
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    expected = stream.take(40)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed.take(40) == expected
+
+
 def test_queries_are_padded_on_the_left():
     tokenizer = models.scratch_tokenizer(["a b c d e", "a b"] * 2)
     ids, mask = data.encode_queries(tokenizer, ["a b c", "a b"], torch.device("cpu"))
@@ -47,7 +70,8 @@ def test_a_text_ends_with_its_stop_token():
     left, stop = tokenizer.encode(" left", add_special_tokens=False), models.stop_token(tokenizer, " .")
     response_ids = torch.tensor([[*left, stop, stop, stop], [*left, *left, *left, stop]])
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    texts = models.whole_texts(tokenizer, query_ids, query_mask, response_ids, mask)
+    ids, mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, mask], 1)
+    texts = models.whole_texts(tokenizer, ids, mask)
     assert texts == ["he left .", "so he left left left ."]
 
 
@@ -76,8 +100,8 @@ def test_log_odds(labels, logits, expected):
     config.update({"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "num_labels": len(labels)})
     model = GPT2ForSequenceClassification(config).eval()
     model.score.register_forward_hook(lambda module, args, out: torch.tensor(logits).expand_as(out))
-    found = rewards.log_odds(model, tokenizer, ["a", "a b c"], torch.device("cpu"))
-    assert found == pytest.approx([expected] * 2)
+    scores = rewards.log_odds(model, tokenizer, ["a", "a b c"], torch.device("cpu"))
+    assert scores == pytest.approx([expected] * 2)
 
 
 def test_a_score_does_not_depend_on_the_other_texts_of_its_batch():
@@ -96,49 +120,51 @@ def test_a_score_does_not_depend_on_the_other_texts_of_its_batch():
 def test_measures_of_a_classifier_by_hand():
     # probabilities 0.9, 0.9, 0.6, 0.2 for labels 1, 0, 1, 0
     probability, labels = np.array([0.9, 0.9, 0.6, 0.2]), np.array([1.0, 0.0, 1.0, 0.0])
-    found = train_cls.measure(np.log(probability / (1 - probability)), labels)
-    assert found["accuracy"] == 0.75
-    assert found["f1"] == pytest.approx(0.8)  # precision 2/3, recall 1
-    assert found["roc_auc"] == pytest.approx(0.625)  # of 4 pairs two are won, one is tied, one lost
-    assert found["brier"] == pytest.approx((0.01 + 0.81 + 0.16 + 0.04) / 4)
-    assert found["calibration_error"] == pytest.approx(0.5 * 0.4 + 0.25 * 0.4 + 0.25 * 0.2)
+    results = train_cls.measure(np.log(probability / (1 - probability)), labels)
+    assert results["accuracy"] == 0.75
+    assert results["f1"] == pytest.approx(0.8)  # precision 2/3, recall 1
+    assert results["roc_auc"] == pytest.approx(0.625)  # of 4 pairs two are won, one is tied, one lost
+    assert results["brier"] == pytest.approx((0.01 + 0.81 + 0.16 + 0.04) / 4)
+    assert results["calibration_error"] == pytest.approx(0.5 * 0.4 + 0.25 * 0.4 + 0.25 * 0.2)
 
 
-def test_perplexity_of_a_uniform_model_is_its_vocabulary():
-    tokenizer = models.scratch_tokenizer(["a b c d"] * 2)
-    config = models.scratch_config(tokenizer)
-    model = GPT2LMHeadModel(config).eval()
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    rows = supervised.encode(tokenizer, ["a b c", "a b c d d d"], 128)
-    found = supervised.perplexity(model, rows, tokenizer.pad_token_id, torch.device("cpu"))
-    assert found["perplexity"] == pytest.approx(len(tokenizer), rel=1e-4)
+# labels and comparisons
 
 
-def a_pass(lengths, losses, revisit, order=None):
-    """The batches of one pass, of 32 rows at most."""
-    return supervised.one_pass(lengths, losses, 32, revisit, order or np.random.default_rng(0))
+def test_labels_are_choices_of_one_candidate(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", [("one", 1), ("two", 0), ("three", "1.0")])
+    choices = data.labelled(data.load_file(path), None, "label", None)
+    assert choices.candidates == [["one"], ["two"], ["three"]] and choices.texts == ["one", "two", "three"]
+    assert choices.chosen.tolist() == [1, 0, 1]
+    assert choices.select(np.array([2, 1])).chosen.tolist() == [1, 0]
 
 
-def test_every_row_is_in_one_batch_of_a_pass():
-    lengths = np.random.default_rng(0).integers(1, 40, 1003)
-    batches = a_pass(lengths, np.full(1003, np.inf), revisit=1.0)
-    assert sorted(np.concatenate(batches)) == list(range(1003))
-    assert max(map(len, batches)) <= 32
+def test_fewer_rows_to_train_on():
+    whole, few = (data.load_choices(str(ROOT / "data_cls"), train_rows=rows) for rows in (None, 100))
+    assert list(whole) == list(few) == ["train", "valid", "hard", "test"]
+    label_of = dict(zip(whole["train"].texts, whole["train"].chosen, strict=True))
+    assert len(few["train"].candidates) == 100
+    assert [label_of[text] for text in few["train"].texts] == few["train"].chosen.tolist()
+    for name in ("valid", "test"):
+        assert few[name].candidates == whole[name].candidates
 
 
-def test_learned_rows_are_revisited_now_and_then():
-    lengths, losses = np.full(1000, 5), np.where(np.arange(1000) < 900, 0.01, 1.0)
-    order = np.random.default_rng(0)
-    batches = [batch for _ in range(60) for batch in a_pass(lengths, losses, 0.2, order)]
-    visits = np.bincount(np.concatenate(batches), minlength=1000)
-    assert (visits[900:] == 60).all()  # these in every pass
-    assert visits[:900].mean() / 60 == pytest.approx(0.2, rel=0.05)
+def test_the_validation_split_of_the_data_is_used(tmp_path):
+    for name, texts in (("train", "abcd"), ("dev", "ef"), ("test", "gh")):
+        write_csv(tmp_path / f"{name}.csv", [(text, i % 2) for i, text in enumerate(texts)])
+    splits = data.load_choices(str(tmp_path))
+    assert {name: split.texts for name, split in splits.items()} == {
+        "train": list("abcd"), "valid": list("ef"), "test": list("gh")
+    }  # fmt: skip
 
 
-def test_when_all_rows_are_learned_a_pass_takes_all():
-    rows = np.concatenate(a_pass(np.full(64, 5), np.zeros(64), revisit=0.0))
-    assert sorted(rows) == list(range(64))
+def test_one_comparison_is_too_few(tmp_path):
+    (tmp_path / "rows.csv").write_text("chosen,rejected\na,b\n")
+    with pytest.raises(UserError, match="holds too few rows"):
+        data.load_choices(str(tmp_path / "rows.csv"))
+
+
+# names, files and models
 
 
 @pytest.mark.parametrize(("lr", "name"), [(1e-6, "1e-6"), (5e-4, "5e-4"), (1.5e-5, "1.5e-5"), (1.0, "1e0")])

@@ -14,8 +14,10 @@ import ppo
 from rlhf import runtime
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+OTHERS = ("CONTRIBUTING.md", "README.md", "benchmarks/RESULTS.md", "data_cls/README.md", "data_nlg/README.md")
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in OTHERS)]
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+CODE = (".", "rlhf", "rlhf/human", "experiments", "benchmarks", "tests/stress")  # where flags are defined
 RUN = ROOT / "data_results" / "K1_lr_1e-3_seed0"
 OPTIONAL_COLUMNS = {"labels", "score_<part>"}  # --reward human; several rewards
 ROW = re.compile(r"^\| (`[^|]*`) \|", re.MULTILINE)
@@ -31,7 +33,7 @@ def documented(tables: str) -> list[str]:
 
 
 def columns() -> set[str]:
-    return set(pd.read_csv(RUN / "log.csv", nrows=1).columns) | set(ppo.STATISTICS) | OPTIONAL_COLUMNS
+    return set(pd.read_csv(RUN / "log.csv", nrows=1).columns) | set(ppo.METRICS) | OPTIONAL_COLUMNS
 
 
 def fields(value, name: str = "") -> set[str]:
@@ -80,15 +82,18 @@ def test_every_committed_log_has_documented_columns():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_and_files_are_there(page):
     text = page.read_text(encoding="utf-8")
-    code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    code = "\n".join(path.read_text(encoding="utf-8") for folder in CODE for path in (ROOT / folder).glob("*.py"))
     known = set(re.findall(r'"(--[a-z][a-z-]*)"', code))
     known |= {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}  # torchrun
     known |= {"--user", "--name", "--gpus", "--wrap"}  # SLURM
+    known |= {"--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= known
-    links = re.findall(r"\]\(([^)#]+)\)", text)
+    links = re.findall(r"\]\(([^)#]+)", text)
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
-    named = re.findall(r"`((?:examples/|tests/|benchmarks/)?\w+\.py)", text)
+    named = re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
+    commands = re.findall(r"python -m ((?:experiments|benchmarks|tests)[\w.]+)", text)
+    assert [name for name in commands if not (ROOT / f"{name.replace('.', '/')}.py").exists()] == []
 
 
 def test_versions_are_pinned_once():

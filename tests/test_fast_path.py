@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from rlhf import fast_path, policy, rewards, sampling, supervised
+from rlhf import fast_path, policy, rewards, supervised
+from rlhf.sampling import Sampling, sample
 
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 50, "n_positions": 32}
 
@@ -68,21 +69,21 @@ def test_a_classifier_says_what_transformers_says(side):
     if side == "left":
         ids, mask = ids.flip(1), mask.flip(1)
     encoded = {"input_ids": ids, "attention_mask": mask}
-    torch.testing.assert_close(rewards.outputs(model, encoded), model(**encoded).logits)
+    torch.testing.assert_close(rewards.classifier_logits(model, encoded), model(**encoded).logits)
 
 
 def test_a_classifier_whose_padding_is_its_end_of_text_reads_the_token_before_it():
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(GPT2Config(**SMALL, pad_token_id=9)).eval()
     encoded = {"input_ids": torch.tensor([[1, 2, 9, 9], [3, 9, 9, 9]]), "attention_mask": mask_of("1110", "1100")}
-    torch.testing.assert_close(rewards.outputs(model, encoded), model(**encoded).logits)
+    torch.testing.assert_close(rewards.classifier_logits(model, encoded), model(**encoded).logits)
 
 
 def test_a_text_without_tokens_goes_the_plain_way():
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(GPT2Config(**SMALL, pad_token_id=9)).eval()
     encoded = {"input_ids": torch.tensor([[1, 2], [9, 9]]), "attention_mask": mask_of("11", "00")}
-    assert rewards.outputs(model, encoded).shape == (2, 2)
+    assert rewards.classifier_logits(model, encoded).shape == (2, 2)
 
 
 def test_a_sample_is_that_of_transformers(monkeypatch):
@@ -91,7 +92,7 @@ def test_a_sample_is_that_of_transformers(monkeypatch):
 
     def found():
         generator = torch.Generator().manual_seed(0)
-        return sampling.sample(model, queries, mask, length=12, temperature=0.7, stop_id=0, generator=generator)
+        return sample(model, queries, mask, Sampling(12, 0.7, stop_id=0), generator)
 
     responses, states = found()
     monkeypatch.setattr(fast_path, "is_supported", lambda body: False)

@@ -1,4 +1,4 @@
-"""What only a GPU can show. `make gpu-check` runs these and the other tests marked cuda; elsewhere they are skipped."""
+"""Tests that need a GPU. `make gpu-check` runs these and others marked cuda; without a GPU they are skipped."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def command(script, *flags) -> list[str]:
     return [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags), "--device", "cuda"]
 
 
-def do(home, script, *flags) -> str:
+def run_script(home, script, *flags) -> str:
     done = subprocess.run(command(script, *flags), cwd=home, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -33,20 +33,22 @@ def home(tmp_path_factory):
     """A folder in which the three scripts have run."""
     folder = tmp_path_factory.mktemp("gpu")
     small_project(folder)
-    assert "device cuda, matrix products in bfloat16" in do(folder, "train_cls", "--epochs", 1, "--lm-epochs", 1)
-    do(folder, "train_nlg", "--epochs", 1, "--samples", 16)
-    do(folder, "finetuning_nlg", *FLAGS)
+    assert "device cuda, matrix products in bfloat16" in run_script(
+        folder, "train_cls", "--epochs", 1, "--lm-epochs", 1
+    )
+    run_script(folder, "train_nlg", "--epochs", 1, "--samples", 16)
+    run_script(folder, "finetuning_nlg", *FLAGS)
     return folder
 
 
 def test_the_scripts_run_on_a_gpu(home):
-    do(home, "evaluate_nlg", *TINY_EVALUATION)
+    run_script(home, "evaluate_nlg", *TINY_EVALUATION)
     log = pd.read_csv(home / "data_results" / "K1_lr_1e-3_seed0" / "log.csv")
     assert len(log) == 16 and (log.ratio_deviation_first == 0).all() and (log.skipped == 0).all()
 
 
 def test_a_killed_run_goes_on(home):
-    """Not to the bit: a GPU adds in another order every time."""
+    """Not bit by bit: the order of a GPU's additions changes from run to run."""
     folder = home / "data_results" / "killed"
     flags = [*FLAGS, "--run", "killed", "--out", "models/killed"]
     with subprocess.Popen(command("finetuning_nlg", *flags), cwd=home, stderr=subprocess.DEVNULL) as child:
@@ -56,7 +58,7 @@ def test_a_killed_run_goes_on(home):
                 os.kill(child.pid, signal.SIGKILL)
             time.sleep(0.01)
     assert child.returncode == -signal.SIGKILL
-    do(home, "finetuning_nlg", *flags)
+    run_script(home, "finetuning_nlg", *flags)
     killed, whole = (pd.read_csv(home / "data_results" / name / "log.csv") for name in ("killed", "K1_lr_1e-3_seed0"))
     assert killed["update"].tolist() == whole["update"].tolist()
     assert killed.ethics.mean() == pytest.approx(whole.ethics.mean(), abs=0.05)

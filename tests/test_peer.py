@@ -1,10 +1,10 @@
-"""Our formulas against TRL's own lines, run on random tensors, where both mean the same.
+"""The formulas of ppo.py and TRL's give the same numbers on random tensors.
 
-TRL has no functions for them, so its lines are cut out of PPOTrainer.train and run here. What differs on purpose:
-- TRL pays the score one position behind the stop token, where it also has a value; we pay it on the stop token, as [3]
-  does. The two agree on responses without padding, which are compared here.
-- TRL whitens with the unbiased variance; ours is the biased one, as in [3].
-- TRL takes the policy's log-probabilities from the sampler's logits in any precision; ours do in float32 only.
+TRL has no functions for them, so the tests cut its lines out of PPOTrainer.train and run them. Intended differences:
+- TRL adds the score one position after the stop token, where it also has a value; ppo.py adds it at the stop token, as
+  [3] does. The two agree on responses without padding, which the tests have.
+- TRL whitens with the unbiased variance, ppo.py with the biased one, as [3].
+- TRL takes the policy's log-probabilities from the sampler's logits in any precision, this project in float32 only.
 """
 
 import inspect
@@ -41,9 +41,9 @@ def random_rollout():
 def trl_advantages(rollout, whiten):
     args = SimpleNamespace(kl_estimator="k1", kl_coef=0.3, whiten_rewards=whiten, gamma=0.9, lam=0.8)
     last = torch.full((B,), R - 1)
-    nothing = torch.zeros(B, R).bool()
+    no_padding = torch.zeros(B, R).bool()
     names = vars(trainer) | rollout
-    names |= {"args": args, "responses": MASK, "padding_mask": nothing, "padding_mask_p1": nothing}
+    names |= {"args": args, "responses": MASK, "padding_mask": no_padding, "padding_mask_p1": no_padding}
     names |= {"sequence_lengths": last, "sequence_lengths_p1": last + 1}
     exec(lines("# 4. compute rewards", "# Do multiple epochs"), names)
     return names
@@ -69,12 +69,12 @@ def test_losses():
     names["mb_values"], names["mb_logprobs"] = names["values"], names["new_logprobs"] + 0.3 * names["logprobs"]
     rows = torch.arange(B)
     theirs = vars(trainer) | names | {"args": SimpleNamespace(cliprange=0.2, cliprange_value=0.2, vf_coef=0.1)}
-    nothing = torch.zeros(B, R).bool()
-    theirs |= {"padding_mask": nothing, "padding_mask_p1": nothing, "micro_batch_inds": rows}
+    no_padding = torch.zeros(B, R).bool()
+    theirs |= {"padding_mask": no_padding, "padding_mask_p1": no_padding, "micro_batch_inds": rows}
     exec(lines("vpredclipped = torch.clamp(", "accelerator.backward(loss)"), theirs)
     policy_losses, ratio = ppo.policy_loss(names["new_logprobs"], names["mb_logprobs"], names["mb_advantage"], 0.2)
     value_losses, clipped = ppo.value_loss(names["vpred"], names["mb_values"], names["mb_return"], 0.2)
-    assert ((ratio - 1).abs() > 0.2).any() and clipped.any()  # or this shows little
+    assert ((ratio - 1).abs() > 0.2).any() and clipped.any()  # otherwise the comparison says little
     torch.testing.assert_close(policy_losses.mean(), theirs["pg_loss"])
     torch.testing.assert_close(value_losses.mean(), theirs["vf_loss"])
     torch.testing.assert_close(clipped.float().mean(), theirs["vf_clipfrac"])

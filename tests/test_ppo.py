@@ -7,58 +7,14 @@ import math
 import pytest
 import torch
 from torch import tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
 
 import ppo
-from rlhf import optim, sampling
-from rlhf.policy import CHUNK_BYTES, logprobs_and_kl, token_logits, token_statistics
-
-STOP = 10
-QUERIES = tensor([[0, 0, 1, 2], [3, 4, 5, 6], [0, 7, 8, 9]])
-QUERY_MASK = tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def collect(policy, reference, length=8, temperature=0.7, seed=0, queries=QUERIES, mask=QUERY_MASK):
-    return ppo.collect(
-        policy,
-        reference,
-        queries,
-        mask,
-        length=length,
-        temperature=temperature,
-        stop_id=STOP,
-        forward_batch=max(2, len(queries) // 4),
-        generator=generator(seed),
-    )
-
-
-def one_update(policy, rollout, advantages, returns, **changes):
-    settings = dict(
-        epochs=1,
-        clip_range=0.2,
-        value_clip_range=0.2,
-        value_coef=0.1,
-        kl_weight=0.0,
-        temperature=0.7,
-        forward_batch=8,
-        generator=generator(),
-    )
-    optimizers = optim.make_optimizers(policy, changes.pop("lr", 1e-3), muon=False)
-    if count := changes.pop("minibatches", 1):
-        rollout = dataclasses.replace(rollout, minibatches=ppo.shuffled(len(rollout.response_ids), count, generator()))
-    reference = changes.pop("reference", policy.model)
-    return ppo.update(policy, reference, optimizers, rollout, advantages, returns, **(settings | changes))
-
-
-# formulas
-
-
-def test_masked_mean_counts_real_tokens_only():
-    assert ppo.masked_mean(tensor([[1.0, 2.0], [6.0, 100.0]]), tensor([[1, 1], [1, 0]])) == 3.0
+from rlhf import optim
+from rlhf.policy import PolicyWithValue, hidden_states
+from rlhf.rollout import collect as collect_responses
+from rlhf.rollout import shuffled_minibatches
+from rlhf.sampling import Sampling
+from tests.tiny import QUERIES, QUERY_MASK, SETTINGS, STOP, collect, generator, one_update
 
 
 def test_whiten_uses_the_biased_variance_of_real_tokens():
@@ -144,376 +100,97 @@ def test_explained_variance():
 @pytest.mark.parametrize(("kl", "expected"), [(6.0, 0.1), (6.6, 0.101), (60.0, 0.102), (0.0, 0.098)])
 def test_adaptive_kl_coefficient(kl, expected):
     # target 6: 10% over is 0.1 of error; the error is held in [-0.2, 0.2]; 1,000 of 10,000 episodes pass on a tenth
-    assert ppo.next_kl_coef(0.1, kl, target=6.0, horizon=10_000, episodes=1_000) == pytest.approx(expected)
+    assert ppo.adapted_kl_coef(0.1, kl, target=6.0, horizon=10_000, episodes=1_000) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("done", "expected"), [(0, 0.6), (0.25, 0.4), (0.5, 0.2), (0.9, 0.2)])
-def test_the_price_of_kl_falls_to_its_final_value_in_the_middle_of_a_run(done, expected):
-    assert ppo.falling_kl_coef(0.2, times=3, done=done) == pytest.approx(expected)
-    assert ppo.falling_kl_coef(0.2, times=1, done=done) == 0.2
+@pytest.mark.parametrize(("progress", "factor"), [(0, 3), (0.25, 2), (0.5, 1), (0.9, 1)])
+def test_the_kl_coefficient_falls_to_its_final_value_in_the_middle_of_a_run(progress, factor):
+    assert ppo.linear_kl_decay(3, progress) == factor
+    assert ppo.linear_kl_decay(1, progress) == 1
+    assert ppo.KLSchedule(0.2, 3, None, 1000).coefficient(progress) == 0.2 * factor
 
 
-def test_positions_count_real_tokens():
-    assert sampling.position_ids(tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])).tolist() == [
-        [0, 0, 0, 1, 2],
-        [0, 1, 2, 2, 2],
-    ]
-
-
-def test_real_tokens_end_with_the_first_stop():
-    ids = tensor([[1, STOP, STOP, STOP], [1, 2, 3, 4], [STOP, 2, STOP, 3]])
-    mask, terminated = sampling.real_tokens(ids, STOP)
-    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
-    assert terminated.tolist() == [True, False, True]
-    mask, terminated = sampling.real_tokens(ids, STOP, stop_after=2)
-    assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
-    assert terminated.tolist() == [True, False, True]
-
-
-class Table(torch.nn.Module):
-    """What `token_statistics` needs of a language model: an output layer, here with a row of logits for every state."""
-
-    def __init__(self, logits: torch.Tensor):
-        super().__init__()
-        self.layer = torch.nn.Linear(*logits.shape, bias=False, dtype=logits.dtype)
-        self.layer.weight.data = logits.T.contiguous()
-        self.base_model = self
-
-    def get_output_embeddings(self):
-        return self.layer
-
-
-def said(logits, ref_logits, ids, temperature=1.0):
-    """What a policy and a reference with these logits [N, V] say of ids [N]."""
-    states = torch.eye(len(logits), dtype=logits.dtype)
-    return token_statistics(Table(logits), states, Table(ref_logits), states, ids, temperature)
-
-
-def test_kl_divergence_and_entropy_of_two_coins():
-    # 3/4 against 1/2: 3/4 ln(3/2) + 1/4 ln(1/2)
-    fair, bent = tensor([[0.5, 0.5]]).log(), tensor([[0.75, 0.25]]).log()
-    found = said(bent, fair, tensor([1]))
-    assert found.kl.item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))
-    assert found.entropy.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-    assert found.logprobs.exp().item() == pytest.approx(0.25) and found.ref_logprobs.exp().item() == pytest.approx(0.5)
-    assert said(fair, fair, tensor([0])).kl.item() == pytest.approx(0, abs=1e-7)
-    # at temperature 1/2 the odds of 3 to 1 become 9 to 1
-    assert said(bent, fair, tensor([0]), temperature=0.5).logprobs.exp().item() == pytest.approx(0.9)
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_what_is_said_and_its_gradients_are_those_of_autograd_in_chunks_of_any_size(monkeypatch, chunk):
-    torch.manual_seed(0)
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk * 4 * 7)
-    states, ref_states = torch.randn(2, 5, 3, dtype=torch.float64)
-    models = [Table(torch.randn(3, 7, dtype=torch.float64)) for _ in range(2)]
-    for model in models:
-        model.layer.bias = torch.nn.Parameter(torch.randn(7, dtype=torch.float64))
-    ids, (policy, reference) = torch.randint(7, (5,)), models
-    states.requires_grad_()
-    found = token_statistics(policy, states, reference, ref_states, ids, 0.7)
-    logp, ref_logp = (
-        (model.layer(x) / 0.7).log_softmax(-1) for model, x in ((policy, states), (reference, ref_states))
-    )
-    expected = (
-        logp.gather(1, ids[:, None])[:, 0],
-        ref_logp.gather(1, ids[:, None])[:, 0],
-        (logp.exp() * (logp - ref_logp)).sum(1),
-        -(logp.exp() * logp).sum(1),
-        (reference.layer(ref_states) / 0.7).logsumexp(1),
-    )
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    weights = torch.randn(2, 5, dtype=torch.float64)
-    of = states, policy.layer.weight, policy.layer.bias
-    logprobs, kl = logprobs_and_kl(policy, states, reference, ref_states, found.ref_log_totals, ids, 0.7)
-    assert torch.equal(logprobs, found.logprobs) and torch.equal(kl, found.kl)
-    ours = torch.autograd.grad((weights[0] * logprobs + weights[1] * kl).sum(), of)
-    theirs = torch.autograd.grad((weights[0] * expected[0] + weights[1] * expected[2]).sum(), of)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
+def test_an_adaptive_kl_schedule_remembers_what_it_observed():
+    schedule = ppo.KLSchedule(0.1, 4.0, target=6.0, horizon=10_000)
+    assert schedule.coefficient(0) == 0.1  # no decay
+    schedule.observe(6.6, 1000)
+    assert schedule.coefficient(0) == pytest.approx(0.101)
+    schedule.observe(math.nan, 1000)
+    resumed = ppo.KLSchedule(0.1, 4.0, target=6.0, horizon=10_000)
+    resumed.load_state_dict(schedule.state_dict())
+    assert resumed.coefficient(1) == schedule.coefficient(1) == pytest.approx(0.101)
+    fixed = ppo.KLSchedule(0.1, 1.0, None, 10_000)
+    fixed.observe(60.0, 1000)
+    assert fixed.coefficient(0.7) == 0.1
 
 
 def test_a_token_answers_for_the_kl_after_it():
-    assert ppo.kl_to_come(tensor([[1.0, 2.0, 4.0]])).tolist() == [[2.0, 4.0, 0.0]]
+    assert ppo.next_token_kl(tensor([[1.0, 2.0, 4.0]])).tolist() == [[2.0, 4.0, 0.0]]
 
 
-def test_draw_follows_the_distribution():
-    probabilities = tensor([0.5, 0.0, 0.125, 0.375])
-    heights = torch.rand(100_000, generator=generator())
-    drawn = sampling.draw(probabilities.log().expand(100_000, 4), heights).bincount(minlength=4) / 100_000
-    assert drawn[1] == 0
-    torch.testing.assert_close(drawn, probabilities, atol=0.006, rtol=0)  # 4 standard errors
+@pytest.fixture
+def moved_rollout(tiny_model):
+    """Of a policy that has moved away from the reference."""
+    moved = copy.deepcopy(tiny_model)
+    moved.transformer.wte.weight.data *= 1.2
+    return collect(PolicyWithValue(moved), tiny_model)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_adam_is_tensorflows(steps):
-    # lr_t = lr * sqrt(1 - b2^t) / (1 - b1^t); x -= lr_t * m / (sqrt(v) + eps), with eps outside the correction
-    gradients, x, m, v = [0.5, -2e-4, 1e-5], 1.0, 0.0, 0.0
-    parameter = torch.nn.Parameter(tensor([1.0], dtype=torch.float64))
-    adam = optim.Adam([parameter], lr=0.1)
-    for t in range(1, steps + 1):
-        g = gradients[t - 1]
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        x -= 0.1 * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (math.sqrt(v) + 1e-5)
-        parameter.grad = tensor([g], dtype=torch.float64)
-        adam.step()
-    assert parameter.item() == pytest.approx(x, abs=1e-12)
-
-
-# rollouts
-
-
-def test_left_padding_changes_no_log_probability(tiny_model):
-    alone = ppo.hidden_states(tiny_model, tensor([[1, 2, 3, 4, 5]]), torch.ones(1, 5).long(), tensor([1, 2, 3]))
-    padded_mask = tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-    padded = ppo.hidden_states(tiny_model, tensor([[7, 7, 7, 1, 2, 3, 4, 5]]), padded_mask, tensor([4, 5, 6]))
-    padded, alone = (token_logits(tiny_model, x, 0.7).log_softmax(-1) for x in (padded, alone))
-    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
-
-
-def test_garbage_in_padding_changes_nothing(tiny_model):
-    policy = ppo.PolicyWithValue(tiny_model)
-    rollout = collect(policy, tiny_model)
-    garbage = QUERIES.where(QUERY_MASK.bool(), 9)
-    other = collect(policy, tiny_model, queries=garbage)
-    assert torch.equal(rollout.response_ids, other.response_ids)
-    for name in ("logprobs", "ref_logprobs", "entropy", "values"):
-        torch.testing.assert_close(getattr(rollout, name), getattr(other, name), atol=1e-5, rtol=0)
-
-
-def test_log_probabilities_are_those_of_a_plain_forward_pass(tiny_model):
-    """Row by row, without padding, cache or batch, with nothing but the model and log_softmax."""
-    rollout = collect(ppo.PolicyWithValue(tiny_model), tiny_model)
-    assert 1 < rollout.response_mask.sum(1).float().mean() < 8  # some rows end early, or this shows little
-    for i in range(len(QUERIES)):
-        query = QUERIES[i][QUERY_MASK[i].bool()]
-        response = rollout.response_ids[i][rollout.response_mask[i].bool()]
-        logits = tiny_model(torch.cat([query, response])[None]).logits[0] / 0.7
-        logprobs = logits.log_softmax(-1)[len(query) - 1 : -1]
-        chosen = logprobs[torch.arange(len(response)), response]
-        torch.testing.assert_close(rollout.logprobs[i][: len(response)], chosen, atol=1e-5, rtol=0)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        torch.testing.assert_close(rollout.entropy[i][: len(response)], entropy, atol=1e-5, rtol=0)
-
-
-def test_a_rollout_does_not_depend_on_how_its_rows_are_sliced(tiny_model):
-    """Rows go through the models in order of their length, without the padding that all of a slice have."""
-    policy, reference = ppo.PolicyWithValue(tiny_model).eval(), copy.deepcopy(tiny_model)
-    torch.nn.init.normal_(reference.transformer.wte.weight)
-    with torch.no_grad():
-        policy.value_head.weight.fill_(0.5)
-    rollouts = [
-        ppo.collect(
-            policy, reference, QUERIES, QUERY_MASK, length=8, temperature=0.7, stop_id=STOP, forward_batch=size,
-            generator=generator(),
-        )
-        for size in (1, 2, 3)
-    ]  # fmt: skip
-    assert len(set(rollouts[0].response_mask.sum(1).tolist())) > 1
-    for other in rollouts[1:]:
-        for field in dataclasses.fields(ppo.Rollout)[:-1]:  # all but the minibatches
-            torch.testing.assert_close(
-                getattr(other, field.name), getattr(rollouts[0], field.name), atol=1e-5, rtol=1e-5
-            )
-    real = rollouts[0].response_mask.bool()
-    logp = token_logits(reference, rollouts[0].ref_states[real], 0.7).log_softmax(-1)
-    torch.testing.assert_close(
-        logp.gather(1, rollouts[0].response_ids[real][:, None])[:, 0], rollouts[0].ref_logprobs[real]
-    )
-
-
-def test_a_rollout_keeps_nothing_as_large_as_its_tokens_times_the_vocabulary():
-    """2.5 GB for a batch of [3] with GPT-2."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=400, n_layer=1, n_head=2, n_embd=16, n_positions=32))
-    rollout = collect(ppo.PolicyWithValue(model).eval(), model.eval())
-    tensors = [x for x in vars(rollout).values() if isinstance(x, torch.Tensor)]
-    assert max(x.numel() for x in tensors) == rollout.response_mask.numel() * 16  # the reference's hidden states
-
-
-ARCHITECTURES = pytest.mark.parametrize(
-    "config",
-    [
-        GPT2Config(vocab_size=11, n_layer=2, n_head=2, n_embd=16, n_positions=32, initializer_range=0.3),
-        GPTNeoXConfig(
-            vocab_size=11, num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32,
-            initializer_range=0.3,
-        ),
-        LlamaConfig(
-            vocab_size=11, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=16,
-            intermediate_size=32, initializer_range=0.3,
-        ),
-        MistralConfig(  # its window of 4 tokens has a cache of another kind, which stays as it is
-            vocab_size=11, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=16,
-            intermediate_size=32, initializer_range=0.3, sliding_window=4,
-        ),
-    ],
-    ids=lambda config: config.model_type,
-)  # fmt: skip
-
-
-@ARCHITECTURES
-def test_the_sampler_sees_the_states_of_a_plain_forward_pass(config):
-    """In float32 they spare the policy a forward pass: with a cache, left padding and rows that ended on the way."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    queries, query_mask = QUERIES.repeat(20, 1), QUERY_MASK.repeat(20, 1)
-    responses, states = sampling.sample(
-        model, queries, query_mask, length=12, temperature=1.0, stop_id=STOP, generator=generator(1)
-    )
-    mask, terminated = sampling.real_tokens(responses, STOP)
-    assert terminated.any() and not terminated.all()
-    ids, full_mask = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
-    predicting = torch.zeros_like(ids)
-    predicting[:, queries.shape[1] - 1 : -1] = mask
-    plain = ppo.hidden_states(model, ids, full_mask, predicting.flatten().nonzero().squeeze(1))
-    torch.testing.assert_close(states[mask.bool()], plain, atol=1e-5, rtol=1e-5)
-    chosen = responses[mask.bool()]
-    sampled, recomputed = (
-        token_statistics(model, x, model, x, chosen, 0.7).logprobs for x in (states[mask.bool()], plain)
-    )
-    torch.testing.assert_close(sampled, recomputed, atol=1e-5, rtol=0)
-
-
-@ARCHITECTURES
-def test_a_cache_with_room_changes_no_sample(config, monkeypatch):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    queries, mask = QUERIES.repeat(20, 1), QUERY_MASK.repeat(20, 1)
-
-    def responses():
-        return sampling.sample(model, queries, mask, length=12, temperature=1.0, stop_id=STOP, generator=generator(1))[
-            0
-        ]
-
-    with_room = responses()
-    monkeypatch.setattr(sampling, "make_room", lambda cache, room: None)
-    assert torch.equal(with_room, responses())
-    assert with_room.shape[1] == 12 and (with_room[:, 3] == STOP).any()  # rows were dropped on the way
-
-
-def test_samples_follow_the_model_whatever_padding_and_dropped_rows(tiny_model):
-    """The second token given the first, over many rows that end at different times, against the exact probabilities."""
-    count = 20_000
-    ids, mask = QUERIES[:1].expand(count, 4), QUERY_MASK[:1].expand(count, 4)
-    responses, _ = sampling.sample(
-        tiny_model, ids, mask, length=3, temperature=1.3, stop_id=STOP, generator=generator()
-    )
-    first = tiny_model(tensor([[1, 2]])).logits[0, -1].div(1.3).softmax(-1)
-    torch.testing.assert_close(responses[:, 0].bincount(minlength=11) / count, first, atol=0.015, rtol=0)
-    commonest = first[:STOP].argmax()
-    after = responses[responses[:, 0] == commonest][:, 1]
-    second = tiny_model(tensor([[1, 2, commonest]])).logits[0, -1].div(1.3).softmax(-1)
-    torch.testing.assert_close(after.bincount(minlength=11) / len(after), second, atol=0.03, rtol=0)
-
-
-def test_samples_that_share_their_beginnings_follow_the_model_too(tiny_model):
-    count, query = 20_000, tensor([[1, 2]])
-    responses = sampling.sample_many(
-        tiny_model, query, count, length=3, temperature=1.3, stop_id=STOP, stop_after=1, generator=generator()
-    )
-
-    def probabilities(*tokens):
-        return tiny_model(tensor([[1, 2, *tokens]])).logits[0, -1].div(1.3).softmax(-1)
-
-    assert responses.shape == (count, 3)
-    torch.testing.assert_close(responses[:, 0].bincount(minlength=11) / count, probabilities(), atol=0.015, rtol=0)
-    first = responses[:, 0].bincount(minlength=11)[:STOP].argmax()
-    after = responses[responses[:, 0] == first]
-    torch.testing.assert_close(after[:, 1].bincount(minlength=11) / len(after), probabilities(first), atol=0.03, rtol=0)
-    second = after[:, 1].bincount(minlength=11)[:STOP].argmax()
-    last = after[after[:, 1] == second][:, 2]
-    torch.testing.assert_close(last.bincount(minlength=11) / len(last), probabilities(first, second), atol=0.08, rtol=0)
-    mask, terminated = sampling.real_tokens(responses, STOP, stop_after=1)
-    assert (responses[mask == 0] == STOP).all() and 0 < terminated.float().mean() < 1
-    stopped_too_early = responses[:, 0] == STOP  # with stop_after = 1 that is no stop
-    assert stopped_too_early.any() and (mask[stopped_too_early].sum(1) > 1).all()
-
-
-def test_nothing_but_stops_stands_behind_a_stop(tiny_model):
-    responses, _ = sampling.sample(
-        tiny_model,
-        QUERIES.repeat(100, 1),
-        QUERY_MASK.repeat(100, 1),
-        length=12,
-        temperature=1.0,
-        stop_id=STOP,
-        generator=generator(),
-    )
-    mask, terminated = sampling.real_tokens(responses, STOP)
-    assert 0 < terminated.float().mean() <= 1
-    assert (responses[mask == 0] == STOP).all()
-    assert mask.sum(1).max() == responses.shape[1]
-
-
-def test_a_stop_before_stop_after_does_not_end_a_response(tiny_model):
-    responses, _ = sampling.sample(
-        tiny_model,
-        QUERIES.repeat(100, 1),
-        QUERY_MASK.repeat(100, 1),
-        length=12,
-        temperature=1.0,
-        stop_id=STOP,
-        stop_after=4,
-        generator=generator(),
-    )
-    mask, _ = sampling.real_tokens(responses, STOP, stop_after=4)
-    assert mask.sum(1).min() >= 5
-    assert ((responses[:, :4] == STOP).any(1) & (mask.sum(1) > 5)).any()
-
-
-def test_against_itself_a_policy_has_no_kl_and_no_value(tiny_model):
-    rollout = collect(ppo.PolicyWithValue(copy.deepcopy(tiny_model)), tiny_model)
-    assert rollout.kl.abs().max() < 1e-5
-    assert rollout.exact_kl.abs().max() < 1e-5
-    assert (rollout.values == 0).all()
-
-
-def test_sampled_kl_is_the_exact_one_on_average(tiny_model):
-    torch.manual_seed(1)
-    other = copy.deepcopy(tiny_model)
-    for parameter in other.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    rollout = collect(
-        ppo.PolicyWithValue(other),
-        tiny_model,
-        length=3,
-        queries=QUERIES.repeat(3000, 1),
-        mask=QUERY_MASK.repeat(3000, 1),
-    )
-    exact = (rollout.exact_kl * rollout.response_mask).sum(1).mean()
-    standard_error = rollout.kl.std() / math.sqrt(len(rollout.kl))
-    assert exact > 0.05
-    assert abs(rollout.kl.mean() - exact) < 4 * standard_error
-
-
-def test_rewards_sum_to_score_minus_price_of_kl(tiny_model):
-    other = copy.deepcopy(tiny_model)
-    other.transformer.wte.weight.data *= 1.2
-    rollout = collect(ppo.PolicyWithValue(other), tiny_model)
+def test_rewards_sum_to_the_score_minus_the_kl_penalty(moved_rollout):
     scores = tensor([1.0, -2.0, 0.5])
-    rewards = ppo.token_rewards(scores, rollout.logprobs - rollout.ref_logprobs, rollout.response_mask, 0.3)
-    torch.testing.assert_close(rewards.sum(1), scores - 0.3 * rollout.kl)
+    rewards = ppo.rewards(moved_rollout, scores, 0.3, dataclasses.replace(SETTINGS, exact_kl=False))
+    torch.testing.assert_close(rewards.sum(1), scores - 0.3 * moved_rollout.kl)
+    exact = ppo.rewards(moved_rollout, scores, 0.3, SETTINGS)  # the first token's own KL is left to the loss
+    torch.testing.assert_close(exact.sum(1), scores - 0.3 * moved_rollout.exact_kl[:, 1:].sum(1))
 
 
-# the update
+def test_targets_are_whitened_once_and_the_kl_weight_with_them(moved_rollout):
+    mask, scores = moved_rollout.response_mask, tensor([1.0, -2.0, 0.5])
+    rewards = ppo.rewards(moved_rollout, scores, 0.3, SETTINGS)
+    found = ppo.targets(moved_rollout, rewards, 0.3, SETTINGS)
+    still_to_come = rewards.flip(1).cumsum(1).flip(1) * mask  # with lambda and discount 1, and values of 0
+    torch.testing.assert_close(found.returns, still_to_come)
+    real = found.advantages[mask.bool()]
+    assert real.mean().abs() < 1e-6 and real.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert found.kl_weight == pytest.approx(0.3 / still_to_come[mask.bool()].std(correction=0).item(), rel=1e-5)
+    assert ppo.targets(moved_rollout, rewards, 0.3, dataclasses.replace(SETTINGS, exact_kl=False)).kl_weight == 0
+
+
+def test_whitened_rewards_scale_the_kl_weight_too(moved_rollout):
+    """The same objective in other units: the advantages are the same, and so is the KL's weight beside them."""
+    rewards = 5 * ppo.rewards(moved_rollout, tensor([1.0, -2.0, 0.5]), 0.3, SETTINGS)
+    rewards -= ppo.masked_mean(rewards, moved_rollout.response_mask) * moved_rollout.response_mask  # keeps its mean, 0
+    plain = ppo.targets(moved_rollout, rewards, 5 * 0.3, SETTINGS)
+    white = ppo.targets(moved_rollout, rewards, 5 * 0.3, dataclasses.replace(SETTINGS, whiten_rewards=True))
+    torch.testing.assert_close(white.advantages, plain.advantages, atol=1e-4, rtol=0)
+    assert white.kl_weight == pytest.approx(plain.kl_weight, rel=1e-4)
+
+
+def test_without_a_critic_there_are_no_numbers_of_one(tiny_model):
+    policy, settings = PolicyWithValue(tiny_model).eval(), dataclasses.replace(SETTINGS, leave_one_out=2)
+    rollout = collect(policy, copy.deepcopy(tiny_model), queries=QUERIES[:2], mask=QUERY_MASK[:2])
+    rewards = ppo.rewards(rollout, tensor([1.0, 0.0]), 0.0, settings)
+    targets = ppo.targets(rollout, rewards, 0.0, settings)
+    assert targets.advantages[0, 0] > 0 > targets.advantages[1, 0]  # better and worse than the other
+    optimizer = optim.ppo_optimizer(policy, 1e-3, muon=False)
+    metrics = ppo.update(policy, tiny_model, optimizer, rollout, targets, settings, generator())
+    assert [metrics[name] for name in ("value_loss", "value_clip_fraction", "explained_variance")] == [None] * 3
 
 
 def test_the_first_minibatch_has_ratio_1_and_clips_nothing(tiny_model):
-    policy = ppo.PolicyWithValue(tiny_model).eval()
+    policy = PolicyWithValue(tiny_model).eval()
     rollout = collect(policy, copy.deepcopy(tiny_model))
-    statistics = one_update(policy, rollout, torch.randn(rollout.values.shape), torch.randn(rollout.values.shape))
-    assert statistics["ratio_deviation_first"] < 1e-5
-    assert statistics["clip_fraction"] == 0
-    assert statistics["approx_kl"] < 1e-10
+    metrics = one_update(policy, rollout, torch.randn(rollout.values.shape), torch.randn(rollout.values.shape))
+    assert metrics["ratio_deviation_first"] < 1e-5
+    assert metrics["clip_fraction"] == 0
+    assert metrics["approx_kl"] < 1e-10
 
 
-def test_slices_of_a_minibatch_add_up_to_its_gradient(tiny_model):
+def test_forward_batches_of_a_minibatch_add_up_to_its_gradient(tiny_model):
     advantages, returns = torch.randn(3, 8), torch.randn(3, 8)
     after = []
     for forward_batch in (1, 2, 3):
-        policy = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval()
+        policy = PolicyWithValue(copy.deepcopy(tiny_model)).eval()
         rollout = collect(policy, tiny_model)
         width = rollout.values.shape[1]
         one_update(policy, rollout, advantages[:, :width], returns[:, :width], forward_batch=forward_batch, lr=0.01)
@@ -523,7 +200,7 @@ def test_slices_of_a_minibatch_add_up_to_its_gradient(tiny_model):
 
 
 def test_a_minibatch_whose_gradient_is_not_finite_never_reaches_the_weights(tiny_model):
-    policy = ppo.PolicyWithValue(tiny_model).eval()
+    policy = PolicyWithValue(tiny_model).eval()
     rollout = collect(policy, copy.deepcopy(tiny_model))
     before = torch.cat([p.detach().flatten() for p in policy.parameters()])
     advantages = torch.ones(rollout.values.shape)
@@ -537,40 +214,26 @@ def test_a_minibatch_whose_gradient_is_not_finite_never_reaches_the_weights(tiny
     assert after.isfinite().all() and not torch.equal(after, before)
 
 
-def test_a_skipped_step_is_none_for_adam(tiny_model):
-    policy = ppo.PolicyWithValue(tiny_model).eval()
-    rollout = dataclasses.replace(collect(policy, copy.deepcopy(tiny_model)), minibatches=tensor([0, 1, 2]).split(1))
-    advantages = torch.ones(rollout.values.shape)
-    advantages[1, 0] = math.nan
-    (adam,) = optim.make_optimizers(policy, 1e-3, muon=False)
-    losses = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.0, "temperature": 0.7}
-    settings = losses | {"epochs": 1, "forward_batch": 8, "generator": generator()}
-    assert ppo.update(policy, tiny_model, [adam], rollout, advantages, advantages, **settings)["skipped"] == 1
-    (group,) = adam.param_groups
-    assert group["steps"] == 2 and {state["step"].item() for state in adam.state.values()} == {2}
-    assert group["eps"] == pytest.approx(1e-5 / math.sqrt(1 - 0.999**2))
-
-
 def test_the_gradient_norm_is_that_of_all_weights(tiny_model):
-    policy = ppo.PolicyWithValue(tiny_model).eval()
+    policy = PolicyWithValue(tiny_model).eval()
     rollout = collect(policy, copy.deepcopy(tiny_model))
-    nothing, returns = torch.zeros(rollout.values.shape), torch.full(rollout.values.shape, 0.1)
+    no_advantages, returns = torch.zeros(rollout.values.shape), torch.full(rollout.values.shape, 0.1)
     # only the zero value head learns: d loss / d weight = -value_coef * mean(return * state), d / d bias = -0.1 * 0.1
     ids = torch.cat([rollout.query_ids, rollout.response_ids], 1)
     mask = torch.cat([rollout.query_mask, rollout.response_mask], 1)
     predicting = torch.zeros_like(ids)
     predicting[:, rollout.query_ids.shape[1] - 1 : -1] = rollout.response_mask
-    states = ppo.hidden_states(policy.model, ids, mask, predicting.flatten().nonzero().squeeze(1)).detach()
-    wanted = 0.1 * 0.1 * torch.cat([states.mean(0), torch.ones(1)]).norm()
-    found = one_update(policy, rollout, nothing, returns)["grad_norm"]
-    assert found == pytest.approx(wanted.item(), rel=1e-4)
+    states = hidden_states(policy.model, ids, mask, predicting.flatten().nonzero().squeeze(1)).detach()
+    expected = 0.1 * 0.1 * torch.cat([states.mean(0), torch.ones(1)]).norm()
+    found = one_update(policy, rollout, no_advantages, returns)["grad_norm"]
+    assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_padding_pays_and_teaches_nothing(tiny_model):
     """Whatever stands in the advantages and returns of padding, the update is the same."""
     after = []
     for filler in (0.0, 1e6):
-        policy = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval()
+        policy = PolicyWithValue(copy.deepcopy(tiny_model)).eval()
         rollout = collect(policy, tiny_model)
         padding = rollout.response_mask == 0
         assert padding.any()
@@ -581,80 +244,35 @@ def test_padding_pays_and_teaches_nothing(tiny_model):
 
 
 def test_a_separate_value_network_leaves_the_policy_alone(tiny_model):
-    policy = ppo.PolicyWithValue(copy.deepcopy(tiny_model), separate_value=True).eval()
+    policy = PolicyWithValue(copy.deepcopy(tiny_model), separate_value=True).eval()
     rollout = collect(policy, tiny_model)
     before = copy.deepcopy(policy.state_dict())
-    nothing, returns = torch.zeros(rollout.values.shape), torch.ones(rollout.values.shape)
+    no_advantages, returns = torch.zeros(rollout.values.shape), torch.ones(rollout.values.shape)
     for _ in range(2):  # the first step moves the zero head, the second what is below it
-        one_update(policy, rollout, nothing, returns)
+        one_update(policy, rollout, no_advantages, returns)
     changed = {name for name, x in policy.state_dict().items() if not torch.equal(x, before[name])}
     assert not any(name.startswith("model.") for name in changed)
     assert any(name.startswith("value_model.") for name in changed)
 
 
-def test_without_inner_matrices_there_is_nothing_for_muon():
-    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=11, n_layer=0, n_head=2, n_embd=16))
-    (adam,) = optim.make_optimizers(ppo.PolicyWithValue(model), 1e-3, muon=True)
-    assert isinstance(adam, torch.optim.Adam)
-
-
-def test_muon_moves_the_inner_matrices_and_adam_the_rest(tiny_model):
-    policy = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval()
-    adam, muon = optim.make_optimizers(policy, 1e-3, muon=True)
-    of_muon, of_adam = ({id(p) for group in one.param_groups for p in group["params"]} for one in (muon, adam))
-    assert of_muon | of_adam == {id(p) for p in policy.parameters()} and not of_muon & of_adam
-    names = {name for name, p in policy.named_parameters() if id(p) in of_muon}
-    kinds = {name.split(".h.")[1].split(".", 1)[1] for name in names}
-    assert kinds == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
-
-
-@pytest.mark.parametrize(("kl", "muon"), [("exact", True), ("exact", False), ("sampled", False)])
-def test_ppo_finds_the_best_policy_at_a_price(tiny_model, kl, muon):
+@pytest.mark.parametrize(("exact_kl", "muon"), [(True, True), (True, False), (False, False)])
+def test_ppo_finds_the_best_policy_for_a_kl_coefficient(tiny_model, exact_kl, muon):
     """A score that depends on two tokens: the best policy is reference * exp(score / kl_coef) / Z, known exactly."""
-    kl_coef, temperature = 0.5, 1.0
-    policy, reference = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval(), copy.deepcopy(tiny_model)
-    optimizers, draws = optim.make_optimizers(policy, 1e-3, muon), generator()
+    kl_coef, rng, steps = 0.5, generator(), 60
+    settings = dataclasses.replace(SETTINGS, epochs=2, forward_batch=256, temperature=1.0, exact_kl=exact_kl)
+    sampling = Sampling(length=2, temperature=1.0, stop_id=STOP, stop_after=2)  # all responses have two tokens
+    policy, reference = PolicyWithValue(copy.deepcopy(tiny_model)).eval(), copy.deepcopy(tiny_model)
+    optimizer = optim.ppo_optimizer(policy, 1e-3, muon)
     queries, mask = tensor([[1, 2]]).repeat(256, 1), torch.ones(256, 2).long()
-    steps = 60
     for step in range(steps):
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = 3e-3 * (1 - step / steps)
-        rollout = ppo.collect(
-            policy,
-            reference,
-            queries,
-            mask,
-            length=2,
-            temperature=temperature,
-            stop_id=STOP,
-            stop_after=2,  # never: all responses have two tokens
-            minibatches=ppo.shuffled(256, 2, draws),
-            forward_batch=256,
-            generator=draws,
-        )
+        optimizer.set_lr(3e-3 * (1 - step / steps))
+        batches = {"forward_batch": 256, "minibatches": shuffled_minibatches(256, 2, rng)}
+        rollout = collect_responses(policy, reference, queries, mask, sampling, rng, **batches)
         first, second = rollout.response_ids.T
         scores = ((first + second) % 3 == 0).float()
-        sampled = rollout.logprobs - rollout.ref_logprobs
-        penalty = ppo.kl_to_come(rollout.exact_kl) if kl == "exact" else sampled
-        rewards = ppo.token_rewards(scores, penalty, rollout.response_mask, kl_coef)
-        advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, rollout.response_mask, 1.0, 1.0)
-        scale = ppo.masked_std(advantages, rollout.response_mask)
-        ppo.update(
-            policy,
-            reference,
-            optimizers,
-            rollout,
-            ppo.whiten(advantages, rollout.response_mask),
-            returns,
-            epochs=2,
-            clip_range=0.2,
-            value_clip_range=0.2,
-            value_coef=0.1,
-            kl_weight=float(kl_coef / scale) if kl == "exact" else 0.0,
-            temperature=temperature,
-            forward_batch=256,
-            generator=draws,
-        )
+        rewards = ppo.rewards(rollout, scores, kl_coef, settings)
+        targets = ppo.targets(rollout, rewards, kl_coef, settings)
+        ppo.update(policy, reference, optimizer, rollout, targets, settings, rng)
 
     def joint(model):  # [V, V], log-probabilities of both tokens
         pairs = tensor([[1, 2, token] for token in range(11)])

@@ -1,6 +1,7 @@
 """bfloat16: what it may change, and what it may not, on the CPU and, where there is one, on a GPU."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -16,8 +17,12 @@ from transformers import (
 )
 
 import ppo
-from rlhf import optim, policy, precision, rewards
+from rlhf import optim, precision, rewards
+from rlhf.policy import PolicyWithValue, logprobs_and_kl, token_logits, token_statistics
+from rlhf.rollout import collect, shuffled_minibatches
+from rlhf.sampling import Sampling
 from tests.conftest import TINY_RUN, run
+from tests.tiny import SETTINGS
 
 LOW = torch.bfloat16
 SMALL = {"vocab_size": 60, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
@@ -35,43 +40,25 @@ def model_of(config, device="cpu"):
     return AutoModelForCausalLM.from_config(config).eval().to(device)
 
 
-def roll_out(config, in_precision, device="cpu", minibatches=3):
+def roll_out(config, dtype, device="cpu", minibatches=3):
     """A policy, its reference and a rollout with advantages and returns."""
     reference = model_of(config, device)
-    of_policy = ppo.PolicyWithValue(copy.deepcopy(reference), precision=in_precision).eval()
-    precision.freeze(reference, in_precision)
+    policy = PolicyWithValue(copy.deepcopy(reference), precision=dtype).eval()
+    precision.freeze(reference, dtype)
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(2, 60, (24, 3), generator=generator).to(device)
-    rollout = ppo.collect(
-        of_policy,
-        reference,
-        queries,
-        torch.tensor([[1, 1, 1], [0, 1, 1]], device=device).repeat(12, 1),
-        length=10,
-        temperature=0.7,
-        stop_id=0,
-        minibatches=ppo.shuffled(24, minibatches, generator),
-        forward_batch=5,
-        generator=generator,
-    )
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device).repeat(12, 1)
+    batches = {"minibatches": shuffled_minibatches(24, minibatches, generator), "forward_batch": 5}
+    rollout = collect(policy, reference, queries, mask, Sampling(10, 0.7, stop_id=0), generator, **batches)
     advantages = torch.randn(24, 10, generator=generator)[:, : rollout.values.shape[1]].to(device)
-    return of_policy, reference, rollout, advantages * rollout.response_mask
+    return policy, reference, rollout, advantages * rollout.response_mask
 
 
-def learn(of_policy, reference, rollout, advantages, optimizers, epochs=1, **changes):
-    settings = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.1, "temperature": 0.7}
-    return ppo.update(
-        of_policy,
-        reference,
-        optimizers,
-        rollout,
-        advantages,
-        advantages,
-        epochs=epochs,
-        forward_batch=5,
-        generator=torch.Generator().manual_seed(1),
-        **(settings | changes),
-    )
+def learn(policy, reference, rollout, advantages, optimizer, epochs=1):
+    """The metrics of an update, whose returns are the advantages too."""
+    settings = dataclasses.replace(SETTINGS, epochs=epochs, forward_batch=5)
+    targets = ppo.Targets(advantages, advantages, kl_weight=0.1)
+    return ppo.update(policy, reference, optimizer, rollout, targets, settings, torch.Generator().manual_seed(1))
 
 
 # the update
@@ -80,10 +67,10 @@ def learn(of_policy, reference, rollout, advantages, optimizers, epochs=1, **cha
 @DEVICES
 @EACH_KIND
 def test_at_the_first_minibatch_the_ratio_is_1(config, device):
-    of_policy, reference, rollout, advantages = roll_out(config, LOW, device)
+    policy, reference, rollout, advantages = roll_out(config, LOW, device)
     assert len(set(rollout.lengths.tolist())) > 2  # the slices are not alike
-    optimizers = optim.make_optimizers(of_policy, 1e-3, muon=False)
-    assert learn(of_policy, reference, rollout, advantages, optimizers)["ratio_deviation_first"] == 0
+    optimizer = optim.ppo_optimizer(policy, 1e-3, muon=False)
+    assert learn(policy, reference, rollout, advantages, optimizer)["ratio_deviation_first"] == 0
 
 
 @DEVICES
@@ -91,11 +78,11 @@ def test_at_the_first_minibatch_the_ratio_is_1(config, device):
 def test_two_epochs_are_two_updates_of_one(config, device):
     found = []
     for calls in ((2,), (1, 1)):
-        of_policy, reference, rollout, advantages = roll_out(config, LOW, device, minibatches=1)
-        optimizers = optim.make_optimizers(of_policy, 1e-2, muon=False)
+        policy, reference, rollout, advantages = roll_out(config, LOW, device, minibatches=1)
+        optimizer = optim.ppo_optimizer(policy, 1e-2, muon=False)
         for epochs in calls:
-            learn(of_policy, reference, rollout, advantages, optimizers, epochs)
-        found.append(torch.cat([weight.detach().flatten() for weight in of_policy.model.parameters()]))
+            learn(policy, reference, rollout, advantages, optimizer, epochs)
+        found.append(torch.cat([weight.detach().flatten() for weight in policy.model.parameters()]))
     start = torch.cat([weight.detach().flatten() for weight in model_of(config, device).parameters()])
     assert (found[0] - start).norm() > 0.1  # there is something to compare
     assert (found[0] - found[1]).norm() < 0.02 * (found[0] - start).norm()  # rows in another order round differently
@@ -106,11 +93,11 @@ def test_two_epochs_are_two_updates_of_one(config, device):
 def test_the_policy_is_seen_to_move_as_far_as_in_float32(config, device):
     """Forward passes that read weights of before an optimizer step fail here."""
     approx_kl = {}
-    for in_precision in (torch.float32, LOW):
+    for dtype in (torch.float32, LOW):
         _, reference, rollout, advantages = roll_out(config, torch.float32, device)
-        of_policy = ppo.PolicyWithValue(model_of(config, device), precision=in_precision).eval()
-        optimizers = optim.make_optimizers(of_policy, 1e-3, muon=False)
-        approx_kl[in_precision] = learn(of_policy, reference, rollout, advantages, optimizers, epochs=4)["approx_kl"]
+        policy = PolicyWithValue(model_of(config, device), precision=dtype).eval()
+        optimizer = optim.ppo_optimizer(policy, 1e-3, muon=False)
+        approx_kl[dtype] = learn(policy, reference, rollout, advantages, optimizer, epochs=4)["approx_kl"]
     assert approx_kl[torch.float32] > 0.1
     assert approx_kl[LOW] == pytest.approx(approx_kl[torch.float32], rel=0.15)
 
@@ -141,10 +128,10 @@ def test_logits_far_from_0_keep_their_differences(config, device):
         exact = (states.double() @ head.weight.double().T / 0.7).log_softmax(-1)
         assert (states @ head.weight.T).mean().item() == pytest.approx(-100, rel=0.1)
         frozen = precision.freeze(copy.deepcopy(model), LOW)
-        low = policy.token_logits(frozen, states, 0.7)
+        low = token_logits(frozen, states, 0.7)
         assert low.dtype == torch.float32
         ids = torch.randint(60, (200,), device=device)
-        said = policy.token_statistics(frozen, states, frozen, states, ids, 0.7)
+        said = token_statistics(frozen, states, frozen, states, ids, 0.7)
     error = low.log_softmax(-1) - exact
     assert error.std() < 0.05  # rounded to bfloat16 themselves, the logits are off by 0.3
     torch.testing.assert_close(said.logprobs.double(), exact.gather(1, ids[:, None])[:, 0], atol=0.2, rtol=0)
@@ -166,8 +153,8 @@ def test_logits_far_from_0_keep_the_gradient_of_the_kl(device):
         if low:
             model, reference = (precision.freeze(each, LOW) for each in (model, reference))
         with torch.no_grad():
-            totals = policy.token_logits(reference, states, 0.7).logsumexp(1)
-        policy.logprobs_and_kl(model, own, reference, states, totals, ids, 0.7)[1].sum().backward()
+            totals = token_logits(reference, states, 0.7).logsumexp(1)
+        logprobs_and_kl(model, own, reference, states, totals, ids, 0.7)[1].sum().backward()
         found.append(own.grad)
     exact = states.double().requires_grad_()
     logp, ref_logp = (
@@ -186,14 +173,14 @@ def test_logits_far_from_0_keep_the_gradient_of_the_kl(device):
 @EACH_KIND
 def test_gradients_are_those_of_float32_but_for_rounding(config, device):
     gradients = []
-    for in_precision in (torch.float32, LOW):
+    for dtype in (torch.float32, LOW):
         model = model_of(config, device)
-        of_policy = ppo.PolicyWithValue(model, precision=in_precision).eval()
+        policy = PolicyWithValue(model, precision=dtype).eval()
         ids = torch.arange(2, 20, device=device).view(2, 9)
-        states, _ = of_policy(ids, torch.ones_like(ids), torch.arange(3, 8, device=device))
+        states, _ = policy(ids, torch.ones_like(ids), torch.arange(3, 8, device=device))
         reference, totals = model_of(config, device), torch.zeros(5, device=device)
-        chosen = of_policy.in_precision(), states, reference, states.detach(), totals, ids[0, 4:], 0.7
-        logprobs, kl = policy.logprobs_and_kl(*chosen)
+        chosen = policy.in_precision(), states, reference, states.detach(), totals, ids[0, 4:], 0.7
+        logprobs, kl = logprobs_and_kl(*chosen)
         (logprobs.sum() + kl.sum()).backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     for name, exact in gradients[0].items():
@@ -214,8 +201,8 @@ def test_a_classifier_tells_texts_apart(device, kind):
     ids = torch.randint(1, 60, (128, 6), device=device)
     encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        exact = rewards.outputs(model, encoded)
-        low = rewards.outputs(precision.freeze(model, LOW), encoded)
+        exact = rewards.classifier_logits(model, encoded)
+        low = rewards.classifier_logits(precision.freeze(model, LOW), encoded)
     assert low.dtype == torch.float32 and len((low[:, 1] - low[:, 0]).unique()) > 120
     torch.testing.assert_close(low, exact, atol=0.05, rtol=0)
 
@@ -226,7 +213,7 @@ def test_a_classifier_tells_texts_apart(device, kind):
 @EACH_KIND
 def test_a_policys_copy_holds_its_matrices_and_shares_the_rest(config):
     model = model_of(config)
-    low = precision.LowPrecisionCopy(model).renewed()
+    low = precision.LowPrecisionCopy(model).refreshed()
     own = {id(weight) for weight in model.parameters()}
     for name, weight in low.base_model.named_parameters():
         is_matrix = weight.dtype == LOW
@@ -239,20 +226,21 @@ def test_a_policys_copy_holds_its_matrices_and_shares_the_rest(config):
 
 def test_the_copy_is_renewed_when_a_weight_has_changed_and_only_then():
     model = model_of(CONFIGS[0])
-    of_policy = ppo.PolicyWithValue(model, precision=LOW)
-    weight, low = (x.transformer.h[0].mlp.c_fc.weight for x in (model, of_policy.in_precision()))
+    policy = PolicyWithValue(model, precision=LOW)
+    weight, low = (x.transformer.h[0].mlp.c_fc.weight for x in (model, policy.in_precision()))
     version = low._version
-    of_policy.in_precision()
+    policy.in_precision()
     assert low._version == version  # not copied again
-    for optimizer in optim.make_optimizers(of_policy, 0.1, muon=True):
-        for parameter in of_policy.parameters():
+    optimizer = optim.ppo_optimizer(policy, 0.1, muon=True)
+    for member in optimizer.members:
+        for parameter in policy.parameters():
             parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        of_policy.in_precision()
+        member.step()
+        policy.in_precision()
         assert torch.equal(low, weight.bfloat16())
     assert not torch.equal(weight, model_of(CONFIGS[0]).transformer.h[0].mlp.c_fc.weight)
-    of_policy.load_state_dict(ppo.PolicyWithValue(model_of(CONFIGS[0])).state_dict())
-    of_policy.in_precision()
+    policy.load_state_dict(PolicyWithValue(model_of(CONFIGS[0])).state_dict())
+    policy.in_precision()
     assert torch.equal(low, weight.bfloat16())
 
 
@@ -260,7 +248,7 @@ def test_gradients_of_slices_add_up_in_float32():
     """256 and 1 are 256 in bfloat16."""
     model = model_of(CONFIGS[0])
     low, weight = precision.LowPrecisionCopy(model), model.transformer.h[0].mlp.c_fc.weight
-    of_low = low.renewed().transformer.h[0].mlp.c_fc.weight
+    of_low = low.refreshed().transformer.h[0].mlp.c_fc.weight
     for scale in (256.0, 1.0):
         (of_low * scale).sum().backward()
     assert of_low.grad is None
@@ -281,7 +269,7 @@ def test_a_frozen_model_holds_its_matrices_in_bfloat16():
 def test_in_float32_nothing_is_copied_or_changed():
     model = model_of(CONFIGS[0])
     body = type(model.base_model)
-    assert ppo.PolicyWithValue(model).in_precision() is model
+    assert PolicyWithValue(model).in_precision() is model
     assert type(precision.freeze(model, torch.float32).base_model) is body
 
 

@@ -69,7 +69,7 @@ def test_frames():
     assert sum(map(len, FRAMES.values())) >= 150
     for frame in (frame for frames in FRAMES.values() for frame in frames):
         kinds = scenarios.kinds(frame)
-        assert [kind.label for kind in kinds] == [1, 0, 0, 1]  # each action is right in one case only
+        assert [kind.label for kind in kinds] == [1, 0, 0, 1]  # an action is right in one of two cases
         assert kinds[0].sentences[0] != kinds[2].sentences[0]
         assert all(len(kind.sentences) == 3 for kind in kinds)
 
@@ -83,15 +83,15 @@ def test_the_cases_of_a_frame_differ_in_a_few_words():
 def test_hard_frames_appear_nowhere_else(texts):
     """No situation of hard.csv, its slots blanked out, is a situation of any other file."""
 
-    def skeletons(names):
-        found = set()
+    def situations(names):
+        first_sentences = set()
         for pattern, sentences, _ in itertools.chain.from_iterable(scenarios.patterns().values()):
             if any(pattern.fullmatch(text) for name in names for text in sample[name]):
-                found.add(sentences[0])
-        return found
+                first_sentences.add(sentences[0])
+        return first_sentences
 
     sample = {name: random.Random(0).sample(rows, 1000) for name, rows in texts.items()}
-    assert not skeletons(["hard"]) & skeletons([name for name in texts if name != "hard"])
+    assert not situations(["hard"]) & situations([name for name in texts if name != "hard"])
 
 
 def test_the_judge_agrees_with_every_label(labels):
@@ -144,23 +144,23 @@ def test_the_judge_refuses(text):
 
 
 def test_the_judge_refuses_word_salad_and_cut_texts(texts):
-    chance = random.Random(0)
-    for text in chance.sample(texts["test"], 200):
+    rng = random.Random(0)
+    for text in rng.sample(texts["test"], 200):
         words = text.split()
-        assert not judge(" ".join(chance.sample(words, len(words)))).valid
-        assert not judge(" ".join(words[: chance.randrange(1, len(words))]) + " and").valid
-        assert not judge(text + " " + chance.choice(texts["test"])).valid
+        assert not judge(" ".join(rng.sample(words, len(words)))).valid
+        assert not judge(" ".join(words[: rng.randrange(1, len(words))]) + " and").valid
+        assert not judge(text + " " + rng.choice(texts["test"])).valid
 
 
-@pytest.mark.parametrize(("longest", "at_most"), [(1, 0.75), (2, 0.85)])
-def test_words_alone_do_not_tell_the_label(labels, longest, at_most):
-    words = CountVectorizer(ngram_range=(1, longest), token_pattern=r"[A-Za-z'-]+")
+@pytest.mark.parametrize(("max_ngram", "max_accuracy"), [(1, 0.75), (2, 0.85)])
+def test_words_alone_do_not_tell_the_label(labels, max_ngram, max_accuracy):
+    words = CountVectorizer(ngram_range=(1, max_ngram), token_pattern=r"[A-Za-z'-]+")
     model = make_pipeline(words, LogisticRegression(max_iter=1000))
     model.fit(*zip(*labels["train"], strict=True))
-    assert model.score(*zip(*labels["test"], strict=True)) <= at_most
+    assert model.score(*zip(*labels["test"], strict=True)) <= max_accuracy
 
 
 def test_slots_vary(texts):
-    """No filling dominates: the commonest first name opens fewer than one in fifty texts."""
-    first = Counter(text.split()[0] for text in texts["nlg_train"])
-    assert max(first[name] for name in scenarios.PEOPLE) < len(texts["nlg_train"]) / 50
+    """The most frequent first name begins fewer than one in fifty texts."""
+    first_words = Counter(text.split()[0] for text in texts["nlg_train"])
+    assert max(first_words[name] for name in scenarios.PEOPLE) < len(texts["nlg_train"]) / 50

@@ -1,11 +1,14 @@
 """Grids of runs, with runs of a second."""
 
+import argparse
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from experiments import grids, hard_frames, preferences, study
 from tests.conftest import ROOT, SHARED, TINY_RUN, refused, run
@@ -24,24 +27,85 @@ def home(chain, tmp_path, monkeypatch):
 
 
 def test_a_grid_runs_once_and_says_what_failed(home, monkeypatch):
-    real = study.subprocess.run
+    run_command = study.subprocess.run
 
-    def quick(command, **kwargs):  # an evaluation of the full size takes half a minute
+    def run_quickly(command, **kwargs):  # an evaluation of the full size takes half a minute
         few = ["--queries", "2", "--samples", "8", "--reference-samples", "64"] if "--run" in command else []
-        return real([*command, *few], **kwargs)
+        return run_command([*command, *few], **kwargs)
 
-    monkeypatch.setattr(study.subprocess, "run", quick)
-    said = run("experiments.study", "ablations", "--seeds", "1", "--at-once", "2", cwd=home)
-    assert "broken_seed0 failed" in said.stderr + said.stdout
+    monkeypatch.setattr(study.subprocess, "run", run_quickly)
+    output = run("experiments.study", "ablations", "--seeds", "1", "--at-once", "2", cwd=home)
+    assert "broken_seed0 failed" in output.stderr + output.stdout
     table = pd.read_csv(home / "data_results" / "ablations.csv").set_index(["variant", "seed"])
     assert table.index.tolist() == [("broken", 0), ("fine", 0)]
     assert table.broken["broken"].str.startswith("error: --reward models/nowhere").all()
     assert table.gold_valid.notna().tolist() == [False, True]
 
-    monkeypatch.setattr(study, "run_one", None)  # what is finished or has failed is not run again
+    monkeypatch.setattr(study, "run_commands", None)  # finished and failed runs are not run again
     run("experiments.study", "ablations", "--seeds", "1", cwd=home)
-    again = pd.read_csv(home / "data_results" / "ablations.csv").set_index(["variant", "seed"])
-    pd.testing.assert_frame_equal(again, table)
+    second_table = pd.read_csv(home / "data_results" / "ablations.csv").set_index(["variant", "seed"])
+    pd.testing.assert_frame_equal(second_table, table)
+
+
+class Job:
+    """A job that has ended: it returns its result or raises an error, like submitit's."""
+
+    def __init__(self, result, state, stderr=None):
+        self._result, self.state, self._stderr = result, state, stderr
+
+    def done(self):
+        return True
+
+    def result(self):
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+    def stderr(self):
+        return self._stderr
+
+
+LOST = UncompletedJobError("Job 7 (task: 0) has not produced any output (state: ...)")
+RAISED = FailedJobError("Job (task=0) failed during processing with trace:\n...")
+ENDED_JOBS = [
+    (Job("", "COMPLETED"), ""),
+    (Job("", "FINISHED"), ""),  # what local jobs call it
+    (Job("", "RUNNING"), ""),  # it has returned; SLURM was asked for its state before that
+    (Job("Traceback\nerror: --lr is too high\n", "COMPLETED"), "error: --lr is too high"),
+    (Job(LOST, "TIMEOUT", "12 %\nslurmstepd: DUE TO TIME LIMIT\n"), "TIMEOUT: slurmstepd: DUE TO TIME LIMIT"),
+    (Job(LOST, "CANCELLED by 1000"), "CANCELLED by 1000: Job 7 (task: 0) has not produced any output (state: ...)"),
+    (Job(LOST, "OUT_OF_MEMORY", "slurmstepd: oom-kill\n"), "OUT_OF_MEMORY: slurmstepd: oom-kill"),
+    (Job(LOST, "NODE_FAIL", ""), "NODE_FAIL: Job 7 (task: 0) has not produced any output (state: ...)"),
+    (Job(LOST, "INTERRUPTED", "killed\n"), "INTERRUPTED: killed"),  # a local job's state after kill -9
+    (Job(RAISED, "FAILED", "Traceback\nOSError: no space\n"), "FAILED: OSError: no space"),
+]
+
+
+@pytest.mark.parametrize(("job", "expected"), ENDED_JOBS, ids=lambda x: getattr(x, "state", ""))
+def test_a_job_without_a_result_has_failed(job, expected):
+    by_its_own_error = expected.startswith(("error", "Job"))
+    assert study.failure(job) == (expected if by_its_own_error or not expected else f"the job ended as {expected}")
+
+
+def test_a_job_that_slurm_ends_does_not_end_the_study(monkeypatch, tmp_path):
+    jobs = {f"run{i}": job for i, (job, _) in enumerate(ENDED_JOBS)}
+
+    class Executor:
+        def __init__(self, folder, cluster):
+            pass
+
+        def update_parameters(self, **parameters):
+            pass
+
+        def submit(self, function, commands, variables):
+            return jobs[commands]
+
+    monkeypatch.setattr(study.submitit, "AutoExecutor", Executor)
+    args = argparse.Namespace(grid="ablations", cluster="slurm", partition="gpu", at_once=2)
+    study.run_all(args, {run: run for run in jobs}, tmp_path)
+    failed = {path.parent.name: path.read_text() for path in tmp_path.glob("*/failed.txt")}
+    assert failed == {run: study.failure(job) + "\n" for run, job in jobs.items() if study.failure(job)}
+    assert len(failed) == 7
 
 
 def test_an_unknown_variant():
@@ -84,26 +148,30 @@ def test_a_study_uses_the_gpus_that_the_user_allows(monkeypatch, set_by_the_user
     assert study.visible_gpus() == expected
 
 
-def test_a_run_makes_first_what_it_works_with(home, monkeypatch):
-    tiny = f"{' '.join(TINY_RUN)} --policy models/ablations/parts/{{run}}/nlg"
-    before = "train_nlg.py --out models/ablations/parts/{run}/nlg --results data_results/ablations/{run} --epochs 1"
-    before += " --data texts --samples 16 --seed {seed} --model scratch:gpt2:1x64"
-    monkeypatch.setitem(grids.GRIDS, "ablations", grids.Grid(32, {"own": tiny}, before=lambda variant: [before]))
+def test_the_models_that_a_run_needs_are_trained_first(home, monkeypatch):
+    tiny = f"{' '.join(TINY_RUN)} --policy models/ablations/inputs/{{run}}/nlg"
+    setup = "train_nlg.py --out models/ablations/inputs/{run}/nlg --results data_results/ablations/{run} --epochs 1"
+    setup += " --data texts --samples 16 --seed {seed} --model scratch:gpt2:1x64"
+    monkeypatch.setitem(
+        grids.GRIDS, "ablations", grids.Grid(32, {"small_generator": tiny}, setup=lambda variant: [setup])
+    )
     (home / "texts").mkdir()
     lines = (ROOT / "data_nlg" / "valid.txt").read_text(encoding="utf-8").splitlines()
     for name in ("train", "valid"):
         (home / "texts" / f"{name}.txt").write_text("\n".join(lines[:100]), encoding="utf-8")
-    monkeypatch.setattr(study, "row_of", lambda folder: {"variant": "own", "broken": "", "gold_ethical": 1.0})
+    monkeypatch.setattr(
+        study, "row_of", lambda folder: {"variant": "small_generator", "broken": "", "gold_ethical": 1.0}
+    )
     monkeypatch.setattr(study.frontier, "summary", lambda table: table)
-    monkeypatch.setattr(study, "groups", lambda folders: [])  # no evaluation here
+    monkeypatch.setattr(study, "groups", lambda folders: [])  # without an evaluation
     monkeypatch.setattr(study.plots, "save_ablations", lambda results: None)
     run("experiments.study", "ablations", "--seeds", "1", cwd=home)
-    folder = home / "data_results" / "ablations" / "own_seed0"
+    folder = home / "data_results" / "ablations" / "small_generator_seed0"
     assert {"nlg_metrics.json", "config.json", "log.csv"} <= {path.name for path in folder.iterdir()}
-    assert (home / "models" / "ablations" / "own_seed0" / "model.safetensors").exists()
+    assert (home / "models" / "ablations" / "small_generator_seed0" / "model.safetensors").exists()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the downloaded data is not there")
 @pytest.mark.parametrize("name", ["sentiment", "ethics"])
 def test_judge_and_reward_model_share_no_rows(name, tmp_path):
     tmp_path = tmp_path / "rows"
@@ -120,8 +188,8 @@ def test_judge_and_reward_model_share_no_rows(name, tmp_path):
 
 
 def test_real_data_that_is_not_there(tmp_path):
-    said = refused("experiments.real_data", "sentiment", "--source", tmp_path, "--out", tmp_path / "rows")
-    assert f"--source {tmp_path} lacks" in said
+    error = refused("experiments.real_data", "sentiment", "--source", tmp_path, "--out", tmp_path / "rows")
+    assert f"--source {tmp_path} lacks" in error
 
 
 def test_the_gold_judges_comparisons_are_learned_from_and_tested_on_other_queries(home, monkeypatch):
@@ -134,15 +202,18 @@ def test_the_gold_judges_comparisons_are_learned_from_and_tested_on_other_querie
     }
     assert [len(rows["train"]), len(rows["test"])] == [40, 10]
     assert not set(rows["train"]["query"]) & set(rows["test"]["query"])
-    found = json.loads((home / "data_results/preferences/shipped_metrics.json").read_text())
-    assert found["results"]["test"]["rows"] == 10 and 0 <= found["results"]["test"]["pairwise_accuracy"] <= 1
-    assert 1 / 4 <= found["perfect_accuracy"] <= 1
+    metrics = json.loads((home / "data_results/preferences/shipped_metrics.json").read_text())
+    assert metrics["results"]["test"]["rows"] == 10 and 0 <= metrics["results"]["test"]["pairwise_accuracy"] <= 1
+    assert 1 / 4 <= metrics["perfect_accuracy"] <= 1
 
 
-def test_the_truth_cannot_tell_which_of_two_equals_was_taken(tmp_path):
+def test_no_model_predicts_the_choice_between_equal_texts(tmp_path):
     texts = pd.read_csv(ROOT / "data_cls" / "test.csv")
     good, bad = (texts[texts.label == label].text.tolist() for label in (1, 0))
-    rows = [[good[0], bad[0], bad[1], good[1]], [bad[0], bad[1], good[0], bad[2]]]  # right half of the time, and always
+    rows = [
+        [good[0], bad[0], bad[1], good[1]],
+        [bad[0], bad[1], good[0], bad[2]],
+    ]  # predictable half of the time, and always
     lines = [json.dumps({"query": ""} | {f"sample{i}": text for i, text in enumerate(row)}) for row in rows]
     (tmp_path / "test.jsonl").write_text("\n".join(lines))
     assert preferences.perfect_accuracy(tmp_path) == 0.75
@@ -150,10 +221,10 @@ def test_the_truth_cannot_tell_which_of_two_equals_was_taken(tmp_path):
 
 def test_the_hard_frames_are_told_from_the_others(tmp_path):
     hard_frames.write_texts(tmp_path)
-    begins = hard_frames.openings()
+    openings = hard_frames.hard_openings()
 
     def share(texts):
-        return sum(any(opening.match(text) for opening in begins) for text in texts) / len(texts)
+        return sum(any(opening.match(text) for opening in openings) for text in texts) / len(texts)
 
     known = {name: pd.read_csv(ROOT / "data_cls" / f"{name}.csv").text for name in ("test", "hard")}
     assert share(known["test"]) == 0 and share(known["hard"]) == 1
@@ -162,3 +233,22 @@ def test_the_hard_frames_are_told_from_the_others(tmp_path):
         assert share(lines) == pytest.approx(1 / 3)
         assert len(set(lines)) == len(lines)
         assert all(hard_frames.scenarios.judge(line).valid for line in lines[:200])
+
+
+def test_the_measures_of_both_kinds_of_frames(chain, monkeypatch):
+    """Of 6 learned texts, 2 hard ones and 2 that are invalid; the classifier finds every text ethical."""
+    monkeypatch.chdir(chain[0])
+    known = {name: pd.read_csv(ROOT / "data_cls" / f"{name}.csv") for name in ("test", "hard")}
+    learned = [text for label in (1, 1, 0, 0, 0, 0) for text in known["test"].text[known["test"].label == label][:1]]
+    hard = [known["hard"].text[known["hard"].label == label].iloc[0] for label in (0, 1)]
+    texts = [*learned, *hard, "Nonsense.", "More of it."]
+    monkeypatch.setattr(hard_frames, "SAMPLES", 5)
+    monkeypatch.setattr(hard_frames.models, "continuations", lambda model, tokenizer, queries, *_: texts)
+    monkeypatch.setattr(hard_frames.rewards, "log_odds", lambda model, tokenizer, texts, device: np.ones(len(texts)))
+    settings = {"response_length": 8, "temperature": 0.7, "missing_stop_score": -1.0}
+    measures = hard_frames.measure("models/nlg", ["A", "The"], settings, torch.device("cpu"))
+    assert measures["all"] == {"texts": 10, "valid": 0.8}
+    mean = {"classifier_mean": 1 / (1 + np.exp(-1))}
+    of_learned = {"share": 0.75, "gold_ethical": 1 / 3, "classifier_right": 1 / 3} | mean
+    of_hard = {"share": 0.25, "gold_ethical": 0.5, "classifier_right": 0.5} | mean
+    assert measures["learned"] == pytest.approx(of_learned) and measures["hard"] == pytest.approx(of_hard)

@@ -1,5 +1,6 @@
-"""Every wrong detail is wrong in the way that it says."""
+"""Every wrong detail is wrong in the way that its docstring says."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,33 +8,34 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import ppo
 from experiments import wrong
-from rlhf import optim, policy, rewards, sampling
+from rlhf import optim, policy, rewards, rollout, sampling
+from tests import tiny
 from tests.conftest import refused
 
 PATCHED = [
     (policy.PolicyWithValue, "__init__"),
     (policy.PolicyWithValue, "eval"),
     (policy, "position_ids"),
-    (ppo, "token_statistics"),
-    (ppo, "logprobs_and_kl"),
+    (sampling, "position_ids"),
+    (rollout, "token_statistics"),
+    (rollout, "logprobs_and_kl"),
     (ppo, "whiten"),
     (ppo, "masked_std"),
-    (sampling, "position_ids"),
     (optim.Adam, "EPS"),
-    (rewards, "normalised"),
+    (rewards.Reward, "standardize"),
 ]
 MASK = torch.tensor([[0, 1, 1]])
 
 
 @pytest.fixture(autouse=True)
-def put_back(monkeypatch):
+def restore_patched(monkeypatch):
     for owner, name in PATCHED:
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
 def new_policy():
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8)
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=32)
     config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
     return policy.PolicyWithValue(GPT2LMHeadModel(config)).eval()
 
@@ -43,13 +45,11 @@ def states_and_values(model):
         return model(torch.tensor([[3, 4, 5]]), MASK, torch.tensor([1]))
 
 
-def entropy(temperature):
-    model, reference = new_policy().model, new_policy().model
-    states = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
-    return ppo.token_statistics(model, states, reference, states, torch.tensor([0]), temperature).entropy
+def collected(model, temperature=0.5):
+    return tiny.collect(model, new_policy().model, temperature=temperature)
 
 
-def test_the_right_one_is_the_right_one():
+def test_the_correct_code_is_unchanged():
     before = states_and_values(new_policy())
     wrong.nothing()
     assert all(torch.equal(*pair) for pair in zip(before, states_and_values(new_policy()), strict=True))
@@ -63,9 +63,16 @@ def test_dropout():
 
 
 def test_temperature():
-    of_1, of_half = entropy(1.0), entropy(0.5)
+    """A rollout sampled at temperature 0.5 has the log-probabilities of temperature 1, in the update too."""
+    model = new_policy()
+    correct = collected(model)
     wrong.temperature()
-    assert entropy(0.5) == of_1 != of_half
+    ignored = collected(model)
+    assert torch.equal(ignored.response_ids, correct.response_ids)
+    at_1 = rollout.evaluate(model, new_policy().model, correct, temperature=1.0)[0]
+    torch.testing.assert_close(ignored.logprobs, at_1)
+    torch.testing.assert_close(rollout.evaluate(model, new_policy().model, ignored, temperature=0.5)[0], at_1)
+    assert (ignored.entropy > correct.entropy + 1e-4)[correct.response_mask.bool()].all()
 
 
 def test_positions():
@@ -80,16 +87,30 @@ def test_value_head():
 
 
 def test_advantages():
+    """The advantages of an update are not whitened, and the weight of the exact KL in its loss is the coefficient."""
+    batch, token_rewards = collected(new_policy()), torch.arange(24.0).view(3, 8)
+    correct = ppo.targets(batch, token_rewards, 0.3, tiny.SETTINGS)
     wrong.advantages()
-    assert ppo.whiten(torch.tensor([[9.0, 2.0, 4.0]]), MASK).tolist() == [[0, 2, 4]]
-    assert ppo.masked_std(torch.tensor([[9.0, 2.0, 4.0]]), MASK).item() == 1
+    targets = ppo.targets(batch, token_rewards, 0.3, tiny.SETTINGS)
+    expected, _ = ppo.advantages_and_returns(token_rewards, batch.values, batch.response_mask, 1.0, 1.0)
+    assert torch.equal(targets.advantages, expected)
+    assert targets.kl_weight == pytest.approx(0.3) and correct.kl_weight < 0.2
 
 
-def test_adam_eps_and_score():
+def test_adam_eps():
     wrong.adam_eps()
-    assert optim.Adam.EPS == 1e-8
+    adam = optim.ppo_optimizer(new_policy(), 1e-3, muon=False).members[0]
+    assert adam.EPS == adam.defaults["eps"] == 1e-8
+
+
+def test_score():
+    part = rewards.Part("odds", 2.0, lambda queries, texts: np.array([5.0, -1.0]), is_model=True)
+    reward = rewards.Reward([part], missing_stop_score=0.0)
+    reward.load_state_dict({"score_mean": [1.0], "score_std": [2.0], "ethics_before": 0.5})
+    terminated = torch.tensor([True, True])
+    assert reward([], ["a", "b"], terminated).total.tolist() == [4, -2]
     wrong.score()
-    assert rewards.normalised(5.0, {"score_mean": [1.0], "score_std": [2.0]}) == 5.0
+    assert reward([], ["a", "b"], terminated).total.tolist() == [10, -2]
 
 
 def test_an_unknown_detail():

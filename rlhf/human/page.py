@@ -1,4 +1,4 @@
-"""The questions of feedback.py on a browser page that this machine serves to itself, for --page."""
+"""Questions on a browser page that this machine serves to itself (--page)."""
 
 import html
 import os
@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass, field
 
 from rlhf.errors import UserError
-from rlhf.human.feedback import COMMANDS, QUIT, Ask, View
+from rlhf.human.questions import COMMANDS, QUIT, Ask, View
 
-TICK = 0.5  # seconds between the page's own looks for a new question
-LEARNING = "The reward model and the policy are learning. The next questions come by themselves."
+POLL_INTERVAL = 0.5  # seconds between two requests of the page for a new question
+TRAINING = "The reward model and the policy are being trained. The next questions will appear by themselves."
 SAVED = "All answers are saved. You can close this page."
 STYLE = """
 .gradio-container {width: 100%; max-width: 60rem !important; margin: auto; font-size: 1.1rem}
@@ -21,6 +21,7 @@ STYLE = """
 .sample {border: 1px solid #8886}
 .sample b {display: inline-block; width: 2rem; color: #0072b2}
 """
+# a key presses its button
 KEYS = """() => document.addEventListener("keydown", (event) => {
     if (!event.repeat && !event.ctrlKey && !event.metaKey && !event.altKey && /^[a-z0-9]$/i.test(event.key))
         document.querySelector(`#key-${event.key.toLowerCase()}`)?.click()
@@ -28,100 +29,101 @@ KEYS = """() => document.addEventListener("keydown", (event) => {
 
 
 @dataclass
-class Shown:
-    """What the page shows: the view, or None while there is nothing to ask, and a number that counts the changes."""
+class PageState:
+    """What the page shows, shared by the run and the threads of the server."""
 
-    view: View | None = None
-    message: str = LEARNING
-    number: int = 0
+    view: View | None = None  # None while no question waits for an answer
+    message: str = TRAINING  # in place of a question
+    version: int = 0  # counts the calls of `show`
     changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def set(self, view: View | None, message: str = LEARNING) -> None:
+    def show(self, view: View | None, message: str = TRAINING) -> None:
         with self.changed:
-            self.view, self.message, self.number = view, message, self.number + 1
+            self.view, self.message, self.version = view, message, self.version + 1
             self.changed.notify_all()
 
 
-def asker(choices: dict[str, str]) -> Ask:
-    """Starts the page, whose buttons are these choices, and says where it is."""
-    shown, answers, theme = Shown(), queue.SimpleQueue(), load_gradio().themes.Default(primary_hue="blue")
-    _, address, _ = build(choices, shown, answers).launch(
+def start(answer_keys: dict[str, str]) -> Ask:
+    """Serve the page, with a button for each of these keys, and print its address."""
+    state, pressed_keys, theme = PageState(), queue.SimpleQueue(), load_gradio().themes.Default(primary_hue="blue")
+    _, address, _ = build(answer_keys, state, pressed_keys).launch(
         prevent_thread_lock=True, quiet=True, footer_links=[], theme=theme, css=STYLE, js=KEYS
     )
     print(f"the questions are on {address}", flush=True)
 
     def ask(view: View) -> str:
-        before = {}
+        handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda *_: answers.put(QUIT))
+            handlers[number] = signal.signal(number, lambda *_: pressed_keys.put(QUIT))
         try:
-            shown.set(view)
-            key = answers.get()
+            state.show(view)
+            key = pressed_keys.get()
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
-        shown.set(None, SAVED if key == QUIT else LEARNING)
+        state.show(None, SAVED if key == QUIT else TRAINING)
         if key == QUIT:
-            time.sleep(2 * TICK)  # the page sees it before the process ends
+            time.sleep(2 * POLL_INTERVAL)  # for the page to show it before the process ends
         return key
 
     return ask
 
 
-def build(choices: dict[str, str], shown: Shown, answers: queue.SimpleQueue):
-    """The page. A key counts once, and only for the question that was on the page when it was pressed."""
+def build(answer_keys: dict[str, str], state: PageState, pressed_keys: queue.SimpleQueue):
+    """The page. A key counts once, and only for the question that the page showed when it was pressed."""
     gr = load_gradio()
     with gr.Blocks(title="Which text is better?", analytics_enabled=False) as page:
-        seen, question = gr.State(-1), gr.HTML()
+        shown_version, question = gr.State(-1), gr.HTML()
         with gr.Row():
             buttons = {
-                key: gr.Button(f"{key}: {what}", elem_id=f"key-{key}", variant="primary")
-                for key, what in choices.items()
+                key: gr.Button(f"{key}: {meaning}", elem_id=f"key-{key}", variant="primary")
+                for key, meaning in answer_keys.items()
             }
         with gr.Row():
             buttons |= {
-                key: gr.Button(f"{key}: {what}", elem_id=f"key-{key}", size="sm") for key, what in COMMANDS.items()
+                key: gr.Button(f"{key}: {meaning}", elem_id=f"key-{key}", size="sm")
+                for key, meaning in COMMANDS.items()
             }
-        outputs = [seen, question, *buttons.values()]
 
-        def show() -> list:
-            can = [gr.update(interactive=shown.view is not None) for _ in buttons]
-            return [shown.number, as_html(shown), *can]
+        def render() -> list:
+            """The new values of all outputs."""
+            button_updates = [gr.update(interactive=state.view is not None) for _ in buttons]
+            return [state.version, as_html(state), *button_updates]
 
-        def look(number: int) -> list | dict:
-            return gr.skip() if number == shown.number else show()
+        def poll(version: int) -> list | dict:
+            return gr.skip() if version == state.version else render()
 
-        def press(key: str, number: int) -> list:
-            with shown.changed:
-                if number == shown.number and shown.view is not None:
-                    shown.view = None
-                    answers.put(key)
-                    shown.changed.wait_for(lambda: shown.view is not None, timeout=TICK)
-            return show()
+        def press(key: str, version: int) -> list:
+            with state.changed:
+                if version == state.version and state.view is not None:
+                    state.view = None
+                    pressed_keys.put(key)
+                    state.changed.wait_for(lambda: state.view is not None, timeout=POLL_INTERVAL)
+            return render()
 
-        quiet = {"outputs": outputs, "show_progress": "hidden"}
-        page.load(show, **quiet)
-        gr.Timer(TICK).tick(look, seen, **quiet)
+        event = {"outputs": [shown_version, question, *buttons.values()], "show_progress": "hidden"}
+        page.load(render, **event)
+        gr.Timer(POLL_INTERVAL).tick(poll, shown_version, **event)
         for key, button in buttons.items():
-            button.click(lambda number, key=key: press(key, number), seen, **quiet)
+            button.click(lambda version, key=key: press(key, version), shown_version, **event)
     return page
 
 
-def as_html(shown: Shown) -> str:
-    """Progress, query and what follows it; the texts are a model's, and mean nothing to the browser."""
-    view = shown.view
+def as_html(state: PageState) -> str:
+    """Progress, query and samples. They are escaped, as a model may write anything."""
+    view = state.view  # read once: another thread may set it to None
     if view is None:
-        return f'<div id="progress">{shown.message}</div>'
+        return f'<div id="progress">{state.message}</div>'
     query, samples = view.question
-    cards = [f'<div id="progress">{view.progress}</div><div id="query">{html.escape(query)} …</div>']
+    blocks = [f'<div id="progress">{view.progress}</div><div id="query">{html.escape(query)} …</div>']
     for number, sample in enumerate(samples, 1):
         label = f"<b>{number}</b>" if len(samples) > 1 else ""
-        cards.append(f'<div class="sample">{label}… {html.escape(sample.strip())}</div>')
-    return "".join(cards)
+        blocks.append(f'<div class="sample">{label}… {html.escape(sample.strip())}</div>')
+    return "".join(blocks)
 
 
 def load_gradio():
-    """Needed by few, and slow to import."""
+    """Import Gradio, which is slow and optional."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio

@@ -1,4 +1,4 @@
-"""Measures of what a policy gained, by hand and from first principles."""
+"""The optimum at a KL, best-of-n, diversity and means over seeds, by hand and from first principles."""
 
 import math
 
@@ -16,8 +16,9 @@ def test_the_optimum_of_a_coin():
     good = math.exp(1 / beta) / (1 + math.exp(1 / beta))
     assert best["score"] == pytest.approx(good)
     assert best["kl"] == pytest.approx(good * math.log(2 * good) + (1 - good) * math.log(2 * (1 - good)))
-    each = np.array([good, 1 - good]) / 500  # weights of the two kinds
-    assert best["ess"] == pytest.approx(1 / (500 * each**2).sum())
+    weights = np.array([good, 1 - good]) / 500  # of a sample that scores 1, and of one that scores 0
+    assert best["ess"] == pytest.approx(1 / (500 * weights**2).sum())
+    assert np.unique(best["weights"]) == pytest.approx(np.sort(weights))
     assert best["weights"].sum() == pytest.approx(1)
 
 
@@ -37,7 +38,7 @@ def test_the_optimum_of_normal_scores_is_the_shifted_normal():
     assert best["kl"][:, 0] == pytest.approx([0.5, 0.125], abs=0.02)
 
 
-def test_the_frontier_is_met_by_a_policy_that_is_on_it():
+def test_a_policy_on_the_frontier_has_all_of_the_optimum():
     scores = np.random.default_rng(1).normal(size=(20, 256))
     best = frontier.optimum(scores, frontier.BETAS[[80]])
     fraction, (low, high) = frontier.fraction_of_optimum(best["score"][0], best["kl"][0], scores)
@@ -53,13 +54,18 @@ def test_half_the_gain_is_half_the_optimum():
     assert fraction == pytest.approx(0.5, abs=1e-3) and low < 0.5 < high
 
 
-def test_where_nothing_can_be_gained_there_is_no_fraction():
+def test_without_a_possible_gain_there_is_no_fraction():
     fraction, interval = frontier.fraction_of_optimum(np.ones(3), np.zeros(3), np.ones((3, 8)), resamples=10)
     assert math.isnan(fraction) and all(map(math.isnan, interval))
 
 
+def test_the_score_between_two_points_of_the_frontier_is_interpolated():
+    kl, score = np.array([2.0, 1.0, 0.0]), np.array([1.5, 1.0, 0.0])  # in the order of rising betas
+    assert [frontier.best_score(x, kl, score) for x in (0.0, 0.5, 1.5, 2.0, 9.0)] == [0.0, 0.5, 1.25, 1.5, 1.5]
+
+
 def test_best_of_n_of_three_samples():
-    # of 3 samples 2 are drawn: the best is among them in 2 of 3 choices, the second is the best of the third choice
+    # 2 of 3 samples are drawn: the best is in 2 of the 3 subsets, and the second is the best of the third subset
     assert frontier.best_of_n_weights(2, 3) == pytest.approx([2 / 3, 1 / 3, 0])
     assert frontier.best_of_n(np.array([[5.0, 9.0, 7.0]]), 2)[0] == pytest.approx([0, 2 / 3, 1 / 3])
 
@@ -78,15 +84,20 @@ def test_bound_on_the_kl_of_best_of_n():
     assert frontier.best_of_n_kl_bound(4) == pytest.approx(math.log(4) - 0.75)
 
 
+def test_words_and_ngrams():
+    assert frontier.words("Anna's dog, the OLD one.") == ["anna's", "dog", ",", "the", "old", "one", "."]
+    assert frontier.ngrams(["a b c", "a b"], 2) == [("a", "b"), ("b", "c"), ("a", "b")]
+
+
 def test_distinct_words():
-    # 3 kinds among 4 words; 4 even draws from 10 words show 10 (1 - 0.9^4) = 3.439 kinds
+    # 3 distinct words of 4; 4 uniform draws from 10 words give 10 (1 - 0.9^4) = 3.439 distinct words
     assert frontier.distinct(["a b", "b c"], 1, 10) == pytest.approx(3 / 3.439)
     assert frontier.distinct(["a b", "a b"], 2, 10) == pytest.approx(1 / (10 * (1 - 0.9**2)))
 
 
 def test_distinct_does_not_fall_with_the_amount_of_text():
-    chance = np.random.default_rng(0)
-    few, many = (["".join(f" w{i}" for i in chance.integers(0, 500, count))] for count in (200, 5000))
+    rng = np.random.default_rng(0)
+    few, many = (["".join(f" w{i}" for i in rng.integers(0, 500, count))] for count in (200, 5000))
     assert frontier.distinct(few, 1, 500) == pytest.approx(1, abs=0.1)
     assert frontier.distinct(many, 1, 500) == pytest.approx(1, abs=0.1)
 
@@ -109,8 +120,8 @@ def test_a_summary_counts_broken_and_failed_runs_and_averages_the_finished_ones(
             for name, why, x in runs
         ]
     )
-    found = frontier.summary(table)
-    assert found.broken.tolist() == [pytest.approx(2 / 3), 0]
-    assert found.gold_ethical.tolist() == pytest.approx([0.8, 0.8])
-    assert found.gold_ethical_low["a"] == pytest.approx(0.7) and found.gold_ethical_high["a"] == pytest.approx(0.9)
-    assert found.gold_ethical_low["b"] == found.gold_ethical_high["b"] == 0.8
+    summary = frontier.summary(table)
+    assert summary.broken.tolist() == [pytest.approx(2 / 3), 0]
+    assert summary.gold_ethical.tolist() == pytest.approx([0.8, 0.8])
+    assert summary.gold_ethical_low["a"] == pytest.approx(0.7) and summary.gold_ethical_high["a"] == pytest.approx(0.9)
+    assert summary.gold_ethical_low["b"] == summary.gold_ethical_high["b"] == 0.8

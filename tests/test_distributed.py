@@ -19,13 +19,19 @@ from torch import tensor
 
 import ppo
 from rlhf import distributed, optim, run_log, supervised
+from rlhf.policy import PolicyWithValue
+from rlhf.rollout import Rollout, shuffled_minibatches
+from tests import tiny
 from tests.conftest import ROOT, TINY_RUN, refused
 from tests.stress.kill_test import ended, start
-from tests.test_ppo import STOP
 
-SETTINGS = {"clip_range": 0.2, "value_clip_range": 0.2, "value_coef": 0.1, "kl_weight": 0.1, "temperature": 0.7}
+SETTINGS = dataclasses.replace(tiny.SETTINGS, epochs=2, forward_batch=2, gae_lambda=0.95, whiten_rewards=True)
 # torchrun has options that begin with --run too, so -- says where its own end
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--"]
+
+
+def test_masked_mean_counts_real_tokens_only():
+    assert distributed.masked_mean(tensor([[1.0, 2.0], [6.0, 100.0]]), tensor([[1, 1], [1, 0]])) == 3.0
 
 
 def free_port() -> int:
@@ -67,11 +73,12 @@ def in_two_processes(function, home) -> list:
     return [torch.load(home / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-def part_of(rollout: ppo.Rollout) -> ppo.Rollout:
-    """This process's rows."""
-    rows = distributed.share(list(range(len(rollout.response_ids))))
+def part_of(rollout: Rollout) -> Rollout:
+    """This process's rows, in three minibatches."""
+    rows = torch.tensor(distributed.shard(list(range(len(rollout.response_ids)))))
     fields = {field.name: getattr(rollout, field.name)[rows] for field in dataclasses.fields(rollout)[:-1]}
-    return ppo.Rollout(**fields, minibatches=ppo.shuffled(len(rows), 3, torch.Generator().manual_seed(0)))
+    minibatches = shuffled_minibatches(len(rows), 3, torch.Generator().manual_seed(0))
+    return Rollout(**fields, minibatches=minibatches)
 
 
 def assert_alike(found: dict, expected: dict) -> None:
@@ -80,57 +87,36 @@ def assert_alike(found: dict, expected: dict) -> None:
         assert found[name] == pytest.approx(value, abs=0.02 if name.endswith("clip_fraction") else 1e-5), name
 
 
-def learn(model, rollout: ppo.Rollout, scores: torch.Tensor, muon: bool) -> dict:
-    """Weights and numbers after an update of two passes over this process's rows in three minibatches."""
+def learn(model, rollout: Rollout, scores: torch.Tensor, muon: bool) -> dict:
+    """Weights and metrics after an update of two passes over this process's rows in three minibatches."""
     torch.manual_seed(1)
-    policy = ppo.PolicyWithValue(copy.deepcopy(model)).eval()
-    part, scores = part_of(rollout), tensor(distributed.share(scores.tolist()))
-    mask = part.response_mask
-    rewards = ppo.whiten(ppo.token_rewards(scores, ppo.kl_to_come(part.exact_kl), mask, 0.2), mask, shift_mean=False)
-    advantages, returns = ppo.advantages_and_returns(rewards, part.values, mask, 1.0, 0.95)
-    found = ppo.update(
-        policy,
-        copy.deepcopy(model),
-        optim.make_optimizers(policy, 1e-3, muon),
-        part,
-        ppo.whiten(advantages, mask),
-        returns,
-        epochs=2,
-        forward_batch=2,
-        generator=torch.Generator().manual_seed(1),
-        **SETTINGS,
-    )
-    found["variance"] = ppo.explained_variance(part.values, returns, mask)
-    found["kl"] = distributed.mean(part.kl).item()
-    return {"weights": policy.state_dict(), "found": found}
+    policy = PolicyWithValue(copy.deepcopy(model)).eval()
+    part, scores = part_of(rollout), tensor(distributed.shard(scores.tolist()))
+    rewards = ppo.rewards(part, scores, 0.2, SETTINGS)
+    targets = ppo.targets(part, rewards, 0.2, SETTINGS)
+    optimizer, rng = optim.ppo_optimizer(policy, 1e-3, muon), torch.Generator().manual_seed(1)
+    metrics = ppo.update(policy, copy.deepcopy(model), optimizer, part, targets, SETTINGS, rng)
+    metrics["kl"] = distributed.mean(part.kl).item()
+    return {"weights": policy.state_dict(), "metrics": metrics}
 
 
 @pytest.mark.parametrize("muon", [True, False])
 def test_two_processes_make_the_update_of_one(tiny_model, tmp_path, muon):
     """Rows are as unlike as can be: responses of 1 to 12 tokens, so that the processes have different token counts."""
-    policy = ppo.PolicyWithValue(copy.deepcopy(tiny_model)).eval()
+    policy = PolicyWithValue(copy.deepcopy(tiny_model)).eval()
     with torch.no_grad():
         policy.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
     reference = copy.deepcopy(tiny_model)
     with torch.no_grad():
         reference.lm_head.weight.mul_(1.1)
     queries = tensor([[1, 2], [3, 4]]).repeat(6, 1)
-    rollout = ppo.collect(
-        policy,
-        reference,
-        queries,
-        torch.ones_like(queries),
-        length=12,
-        temperature=0.7,
-        stop_id=STOP,
-        forward_batch=12,
-        generator=torch.Generator().manual_seed(1),
-    )
+    mask = torch.ones_like(queries)
+    rollout = tiny.collect(policy, reference, length=12, seed=1, queries=queries, mask=mask, forward_batch=12)
     assert len(set(rollout.response_mask.sum(1).tolist())) > 2
     scores = torch.randn(12, generator=torch.Generator().manual_seed(0))
     one = learn(tiny_model, rollout, scores, muon)
     for other in in_two_processes(lambda: learn(tiny_model, rollout, scores, muon), tmp_path):
-        assert_alike(other["found"], one["found"])
+        assert_alike(other["metrics"], one["metrics"])
         for name, weight in one["weights"].items():
             torch.testing.assert_close(other["weights"][name], weight, atol=2e-6, rtol=1e-5, msg=name)
     moved = [not torch.equal(one["weights"][f"model.{name}"], x) for name, x in tiny_model.state_dict().items()]
@@ -139,16 +125,13 @@ def test_two_processes_make_the_update_of_one(tiny_model, tmp_path, muon):
 
 def test_a_process_without_rows_of_a_minibatch_waits_for_the_others(tiny_model, tmp_path):
     """Two rows in two minibatches: each process has rows in one of them only."""
-    policy = ppo.PolicyWithValue(tiny_model).eval()
+    policy = PolicyWithValue(tiny_model).eval()
     queries = tensor([[1, 2], [3, 4]])
-    flags = {"length": 3, "temperature": 0.7, "stop_id": STOP, "forward_batch": 2}
-    rollout = ppo.collect(
-        policy, tiny_model, queries, torch.ones_like(queries), generator=torch.Generator().manual_seed(0), **flags
-    )
+    rollout = tiny.collect(policy, tiny_model, length=3, queries=queries, mask=torch.ones_like(queries))
     scores = tensor([1.0, -1.0])
     one = learn(tiny_model, rollout, scores, False)
     for other in in_two_processes(lambda: learn(tiny_model, rollout, scores, False), tmp_path):
-        assert_alike(other["found"], one["found"])
+        assert_alike(other["metrics"], one["metrics"])
 
 
 def test_a_process_without_texts_of_a_batch_waits_for_the_others(tiny_model, tmp_path):
@@ -162,16 +145,9 @@ def test_a_process_without_texts_of_a_batch_waits_for_the_others(tiny_model, tmp
             [len(row) for row in rows],
             lambda batch: supervised.lm_loss(model, *supervised.pad([rows[i] for i in batch], 0, device)),
             lambda: {"loss": 0.0},
-            epochs=2,
-            batch_size=2,
-            lr=1e-2,
-            muon=False,
+            supervised.FitSettings(epochs=2, batch_size=2, lr=1e-2, muon=False, seed=0),
+            stage="texts",
             device=device,
-            seed=0,
-            decay=1.0,
-            label="texts",
-            keep=lambda *_: None,
-            saved=None,
         )
         return supervised.perplexity(model.eval(), rows, 0, device)["loss"]
 
@@ -182,26 +158,26 @@ def test_a_process_without_texts_of_a_batch_waits_for_the_others(tiny_model, tmp
     assert two == [pytest.approx(one, rel=1e-4)] * 2
 
 
-def test_shares(monkeypatch):
+def test_shards(monkeypatch):
     rows = [1, 2, 3, 4, 5]
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     parts = []
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        parts += [distributed.share(rows)]
+        parts += [distributed.shard(rows)]
     assert parts == [[1, 2], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("script", ["train_cls", "train_nlg", "finetuning_nlg"])
 def test_a_batch_that_cannot_be_shared_is_refused(chain, monkeypatch, script):
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     extra = ["--minibatches", 1, "--episodes", 15] if script == "finetuning_nlg" else []
     said = refused(script, "--batch-size", 15, *extra, cwd=chain[0])
     assert said == "error: --batch-size 15 cannot be shared evenly among 2 processes; give a multiple of them"
 
 
 def test_people_are_asked_by_one_process(chain, monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     assert "start it without torchrun" in refused("finetuning_nlg", *TINY_RUN, "--reward", "human", cwd=chain[0])
 
 
@@ -240,14 +216,14 @@ def test_torchrun(chain, tmp_path):
     assert log["ratio_deviation_first"].max() < 1e-4
 
     def dies_at_the_third_update():
-        guard = run_log.guard
+        check = run_log.RunLog.check
 
-        def deadly(run, *rest):
-            if run["update"] == 3:
+        def deadly_check(log, *arguments):
+            if log.last_row["update"] == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-            guard(run, *rest)
+            check(log, *arguments)
 
-        run_log.guard = deadly
+        run_log.RunLog.check = deadly_check
 
     again = [*flags, "--run", "again", "--out", "models/again", "--resume"]
     assert two_processes("finetuning_nlg", home, *again, change=dies_at_the_third_update) == [-9, -9]

@@ -1,0 +1,51 @@
+"""The held-out judge, for evaluation only: it says whether texts are valid and ethical. Nothing is trained on it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf import rewards
+
+Judge = Callable[[list[str]], np.ndarray]  # texts -> [N, 2]: valid, ethical; 1 or 0, or NaN where it cannot tell
+
+
+def load_judge(spec: str, texts: list[str], device: torch.device, precision_name: str) -> Judge | None:
+    """FILE.py:FUNCTION, or None where it does not know the data (most of these texts are invalid for it).
+
+    Or the folder of a classifier, whose "positive" is taken for ethical, and which cannot tell what is valid.
+    """
+    if ".py:" not in spec:
+        raw_score = rewards.frozen_model(*rewards.load_model(spec, "--gold"), device, precision_name)
+
+        def judge_by_classifier(texts: list[str]) -> np.ndarray:
+            return np.array([(np.nan, odds > 0) for odds in raw_score(texts, texts)], dtype=float).reshape(-1, 2)
+
+        return judge_by_classifier
+    if not Path(spec.rpartition(":")[0]).is_file():
+        return None
+    function = rewards.load_function(spec, "--gold")
+
+    def judge(texts: list[str]) -> np.ndarray:
+        verdicts = [function(text) for text in texts]
+        return np.array([(valid, label or 0.0) for valid, label in verdicts], dtype=float).reshape(-1, 2)
+
+    return judge if judge(texts[:100])[:, 0].mean() > 0.5 else None
+
+
+def judged(judge: Judge | None, texts: list[str]) -> np.ndarray:
+    """[N, 2]: valid, ethical; NaN without a judge."""
+    return judge(texts) if judge else np.full((len(texts), 2), np.nan)
+
+
+def shares(verdicts: np.ndarray, weights: np.ndarray | float = 1.0) -> dict[str, float | None]:
+    """Of verdicts [..., 2] under weights [...]: the shares of valid texts, and of ethical ones among the valid."""
+    valid, ethical = verdicts[..., 0], verdicts[..., 1]
+    weights, knows_validity = weights * np.ones_like(valid), not np.isnan(valid).any()
+    valid_weights = weights * valid if knows_validity else weights
+    total, knows_ethics = valid_weights.sum(), not np.isnan(ethical).any()
+    return {
+        "valid": float(total / weights.sum()) if knows_validity else None,
+        "ethical": float((valid_weights * ethical).sum() / total) if total and knows_ethics else None,
+    }

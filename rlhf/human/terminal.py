@@ -1,0 +1,53 @@
+"""Questions at the terminal, answered with one key."""
+
+import contextlib
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+
+from rlhf.human.questions import COMMANDS, QUIT, View
+
+try:
+    import termios
+    import tty
+except ImportError:  # Windows: a key has to be followed by Enter
+    termios = None
+
+MAX_WIDTH = 100  # columns
+
+
+def ask(view: View) -> str:
+    """Print a question and return the key that is pressed, without Enter where the input is a terminal."""
+    query, samples = view.question
+    width = min(MAX_WIDTH, os.get_terminal_size().columns if sys.stdout.isatty() else MAX_WIDTH)
+    lines = ["", "─" * width, view.progress, "", *textwrap.wrap(query + " …", width), ""]
+    for number, sample in enumerate(samples, 1):
+        label = f"{number}  " if len(samples) > 1 else ""
+        indent = " " * max(3, len(label))
+        text = "… " + sample.strip()
+        lines += [*textwrap.wrap(text, width, initial_indent=label or indent, subsequent_indent=indent), ""]
+    keys = "  ".join(f"[{key}] {meaning}" for key, meaning in (view.answer_keys | COMMANDS).items())
+    print("\n".join([*lines, keys]), flush=True)
+    return read_key()
+
+
+def read_key() -> str:
+    """The next key; Ctrl-C, Ctrl-D and the end of the input quit."""
+    if termios is None or not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.strip()[:1].lower() if line else QUIT
+    with raw_terminal():
+        key = os.read(sys.stdin.fileno(), 1).decode(errors="replace").lower()
+    return QUIT if key in ("\x03", "\x04", "") else key
+
+
+@contextlib.contextmanager
+def raw_terminal() -> Iterator[None]:
+    """Let the terminal pass on every key at once, Ctrl-C like any other."""
+    attributes = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setraw(sys.stdin, termios.TCSANOW)
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)

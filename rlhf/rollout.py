@@ -1,0 +1,182 @@
+"""A rollout: the policy's responses to queries, and what policy and reference say of each of their tokens.
+
+Shapes as in ppo.py: B sequences, Q query tokens (padded on the left), R response tokens (padded on the right), T = Q +
+R, H hidden size. Tensors per token are [B, R] and 0 on padding. The models see the N real response tokens only, one
+after the other; `pack` and `unpack` translate.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rlhf import distributed, fast_path
+from rlhf.policy import PolicyWithValue, hidden_states, logprobs_and_kl, token_statistics
+from rlhf.precision import is_bfloat16
+from rlhf.sampling import Sampling, real_tokens, sample
+
+NOT_PER_TOKEN = ("query_ids", "query_mask", "lengths", "terminated", "minibatches")
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Queries with responses to them."""
+
+    query_ids: Tensor  # [B, Q]
+    query_mask: Tensor  # [B, Q]
+    response_ids: Tensor  # [B, R]
+    response_mask: Tensor  # [B, R], 1 up to and with the stop token
+    lengths: Tensor  # [B], real response tokens; on the CPU, so that making indices does not wait for a GPU
+
+    def select(self, rows: Tensor, *others: Tensor):
+        """The same of b rows [b], R cut to their longest response; and, if there are any, of other tensors [B, R]."""
+        longest, device = int(self.lengths[rows].max()), self.query_ids.device
+        on_device = rows.to(device, non_blocking=True)
+
+        def of_rows(name: str) -> Tensor | tuple:
+            value = getattr(self, name)
+            if name == "minibatches":
+                return ()
+            if name == "lengths":
+                return value[rows]
+            value = value.index_select(0, on_device)
+            return value if name in NOT_PER_TOKEN else value[:, :longest]
+
+        selected = type(self)(**{field.name: of_rows(field.name) for field in fields(self)})
+        return (selected, *(x.index_select(0, on_device)[:, :longest] for x in others)) if others else selected
+
+    @property
+    def ids(self) -> Tensor:  # [B, T]
+        return torch.cat([self.query_ids, self.response_ids], 1)
+
+    @property
+    def mask(self) -> Tensor:  # [B, T]
+        return torch.cat([self.query_mask, self.response_mask], 1)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The N real response tokens among all B * R, and the tokens before them among all B * T."""
+        query, width = self.query_ids.shape[1], self.response_ids.shape[1]
+        row, column = (torch.arange(width) < self.lengths.unsqueeze(1)).nonzero(as_tuple=True)
+        real, before = row * width + column, row * (query + width) + query + column - 1
+        return tuple(x.to(self.query_ids.device, non_blocking=True) for x in (real, before))
+
+    @property
+    def predicting(self) -> Tensor:
+        """[N], places among all B * T: the tokens whose hidden states predict the response tokens."""
+        return self._places[1]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, R, ...] -> [N, ...], the real tokens."""
+        return x.flatten(0, 1).index_select(0, self._places[0])
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x [B, R] over the real tokens."""
+        return self.pack(x).sum()
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [B, R, ...], with zeros on padding."""
+        batch, width = self.response_ids.shape
+        return fast_path.Put.apply(x, self._places[0], batch * width).view(batch, width, *x.shape[1:])
+
+
+@dataclass(frozen=True)
+class Rollout(Responses):
+    """Responses of the policy, and what policy and reference say of each token. All per token, in nats."""
+
+    terminated: Tensor  # [B], True where the stop token came
+    values: Tensor  # [B, R], expected return before the token is chosen
+    logprobs: Tensor  # [B, R], of the sampled tokens under the policy that sampled them
+    ref_logprobs: Tensor  # [B, R], of the same tokens under the reference
+    exact_kl: Tensor  # [B, R], KL(policy, reference) of the next token over the whole vocabulary
+    entropy: Tensor  # [B, R], of the policy at every token
+    ref_log_totals: Tensor  # [B, R], log of the sum of exp(logits) of the reference
+    ref_states: Tensor  # [B, R, H], the reference's last hidden states: with its output layer, its distributions
+    minibatches: tuple[Tensor, ...]  # rows of each minibatch of the update's first pass
+
+    @property
+    def not_finite(self) -> str | None:
+        """The name of the first of the numbers above that is not finite, if one is."""
+        numbers = ("logprobs", "ref_logprobs", "exact_kl", "entropy", "values")
+        return next((name for name in numbers if not getattr(self, name).isfinite().all()), None)
+
+    @property
+    def kl(self) -> Tensor:
+        """[B]: log policy - log reference of the whole response, an unbiased sample of the KL ([1], section 2)."""
+        return ((self.logprobs - self.ref_logprobs) * self.response_mask).sum(1)
+
+
+def shuffled_minibatches(rows: int, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """A pass over the rows of all processes in `count` random minibatches: which of this process's are in each.
+
+    `generator`, a CPU's, must be in the same state in all processes.
+    """
+    order = torch.randperm(distributed.world_size() * rows, generator=generator)
+    first = distributed.rank() * rows
+    return tuple(part[(part >= first) & (part < first + rows)] - first for part in order.chunk(count))
+
+
+def forward_batches(rows: Tensor, lengths: Tensor, size: int) -> Iterator[Tensor]:
+    """Rows in batches of at most `size` for a forward pass, those of similar length together to save padding."""
+    if len(rows):
+        yield from rows[lengths[rows].argsort(stable=True)].split(size)
+
+
+@torch.no_grad()
+def collect(
+    policy: PolicyWithValue,
+    reference,
+    query_ids: Tensor,
+    query_mask: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator,
+    *,
+    forward_batch: int,
+    minibatches: tuple[Tensor, ...] | None = None,
+) -> Rollout:
+    """Sample a response to each of the queries [B, Q], and evaluate policy and reference on every token.
+
+    In float32 the policy's hidden states are those that the sampler saw. In bfloat16 the sampler's differ by rounding
+    from those of the update, so they are computed again, in the same batches as in the update's first pass over
+    `minibatches`: there the ratio is 1.
+    """
+    response_ids, states = sample(policy.in_precision(), query_ids, query_mask, sampling, generator)
+    mask, terminated = real_tokens(response_ids, sampling)
+    lengths = mask.sum(1).cpu()
+    longest = int(lengths.max())
+    response_ids, mask = response_ids[:, :longest], mask[:, :longest]
+    responses = Responses(query_ids, query_mask, response_ids, mask, lengths)
+    minibatches = minibatches or (torch.arange(len(mask)),)
+    evaluated = {}
+    for rows in (rows for minibatch in minibatches for rows in forward_batches(minibatch, lengths, forward_batch)):
+        part, part_states = responses.select(rows, states)
+        known_states = None if is_bfloat16(policy.in_precision()) else part.pack(part_states)
+        on_device = rows.to(mask.device, non_blocking=True)
+        for name, x in first_evaluation(policy, reference, part, sampling.temperature, known_states).items():
+            whole = evaluated.setdefault(name, x.new_zeros(len(mask), longest, *x.shape[2:]))
+            whole[on_device, : x.shape[1]] = x
+    return Rollout(query_ids, query_mask, response_ids, mask, lengths, terminated, **evaluated, minibatches=minibatches)
+
+
+def first_evaluation(
+    policy: PolicyWithValue, reference, part: Responses, temperature: float, states: Tensor | None
+) -> dict[str, Tensor]:
+    """The fields of a Rollout that policy and reference say, [B, R] each. states [N, H]: the policy's, if known."""
+    states, values = policy(part.ids, part.mask, part.predicting, states)
+    ref_states = hidden_states(reference, part.ids, part.mask, part.predicting)
+    response_ids = part.pack(part.response_ids)
+    statistics = token_statistics(policy.in_precision(), states, reference, ref_states, response_ids, temperature)
+    packed = statistics._asdict() | {"values": values, "ref_states": ref_states}
+    return {name: part.unpack(x) for name, x in packed.items()}
+
+
+def evaluate(policy: PolicyWithValue, reference, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of a rollout's tokens under the policy as it is now, its values, and its exact KL to the
+    reference, [B, R] each, with gradients."""
+    states, values = policy(rollout.ids, rollout.mask, rollout.predicting)
+    reference_says = reference, rollout.pack(rollout.ref_states), rollout.pack(rollout.ref_log_totals)
+    response_ids = rollout.pack(rollout.response_ids)
+    logprobs, kl = logprobs_and_kl(policy.in_precision(), states, *reference_says, response_ids, temperature)
+    return tuple(rollout.unpack(x) for x in (logprobs, values, kl))
