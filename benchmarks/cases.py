@@ -1,6 +1,6 @@
-"""The shapes that are timed, with random models of them, and the stages of an update as finetuning_nlg.py makes it."""
+"""The shapes that are timed, random models of these shapes, and the stages of an update as in finetuning_nlg.py."""
 
-import argparse
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +18,21 @@ from transformers import (
 )
 
 import ppo
-from rlhf import data, models, rewards
+from rlhf import data, models, optim, precision, rewards, rollout
+from rlhf.policy import PolicyWithValue
+from rlhf.rollout import Rollout
+from rlhf.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class Case:
     """The shapes of an update, and the configurations of a random policy and reward model (None: those of models/)."""
 
-    batch: int
-    query: int
-    response: int
+    batch_size: int
+    query_length: int
+    response_length: int
     minibatches: int
-    ppo_epochs: tuple[int, ...]
+    ppo_epochs: tuple[int, ...]  # values of K to time
     forward_batch: int
     precisions: tuple[str, ...] = ("float32",)
     policy: PretrainedConfig | None = None
@@ -82,19 +85,20 @@ PEER_REWARD = LlamaConfig(  # MiniLM's layers for TRL, whose reward model must s
     eos_token_id=0,
     pad_token_id=1,
 )
-FOUR, GPT2 = gpt2_config(4, 256, 4, 4096), gpt2_config(12, 768, 12, 50_257)
+FOUR_LAYERS, GPT2 = gpt2_config(4, 256, 4, 4096), gpt2_config(12, 768, 12, 50_257)
 BOTH = ("float32", "bfloat16")
 CASES = {
     "cpu": {
-        "4 x 256": Case(64, 16, 24, 1, (1, 4), 64, BOTH, FOUR, FOUR),
-        "the project's own": Case(256, 5, 40, 4, (1, 4), 64),
+        "4 x 256": Case(64, 16, 24, 1, (1, 4), 64, BOTH, FOUR_LAYERS, FOUR_LAYERS),
+        "default": Case(256, 5, 40, 4, (1, 4), 64),
         "pretrained 135M": Case(128, 8, 20, 4, (1,), 64, BOTH, SMOLLM2, MINILM, PEER_REWARD),
     },
     "cuda": {
         "GPT-2 124M": Case(512, 64, 24, 1, (4,), 512, ("bfloat16",), GPT2, GPT2),
     },
 }
-TEMPERATURE = 0.7
+TEMPERATURE, KL_COEF = 0.7, 0.2
+LR = 1e-6  # so low that the lengths of the responses stay as they are, here and with a peer
 
 
 def words_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -107,81 +111,84 @@ def words_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 def random_models(case: Case, folder: Path) -> tuple[Path, Path, Path]:
     """Folders of a random generator, of a random classifier, and of one for the peer."""
-    for name, kind, config in (
+    for name, auto_class, config in (
         ("nlg", AutoModelForCausalLM, case.policy),
         ("cls", AutoModelForSequenceClassification, case.reward),
         ("peer_cls", AutoModelForSequenceClassification, case.peer_reward or case.reward),
     ):
-        kind.from_config(config).save_pretrained(folder / name)
+        auto_class.from_config(config).save_pretrained(folder / name)
         words_tokenizer(config.vocab_size).save_pretrained(folder / name)
     return folder / "nlg", folder / "cls", folder / "peer_cls"
 
 
 def queries_of(case: Case, tokenizer) -> list[str]:
-    """At least a batch of queries of `case.query` random words, or of those of the shipped texts."""
+    """A batch of queries: random words, or queries of the shipped texts."""
     if case.policy:
-        ids = torch.randint(2, case.policy.vocab_size, (case.batch, case.query)).tolist()
+        ids = torch.randint(2, case.policy.vocab_size, (case.batch_size, case.query_length)).tolist()
         return [" ".join(f"w{i}" for i in row) for row in ids]
-    texts = argparse.Namespace(data="data_nlg", data_config=None, data_revision=None, text_column=None)
-    queries, _ = data.split_queries(data.nlg_texts(texts)["valid"], tokenizer, case.query)
-    return (queries * -(-case.batch // len(queries)))[: case.batch]
+    queries, _ = data.split_queries(data.load_texts("data_nlg")["valid"], tokenizer, case.query_length)
+    return (queries * -(-case.batch_size // len(queries)))[: case.batch_size]
 
 
-# the stages of an update
+class Update:
+    """An update of finetuning_nlg.py, stage by stage, with a policy, reference and reward model from folders."""
 
+    def __init__(
+        self,
+        case: Case,
+        epochs: int,
+        policy_folder: Path,
+        reward_folder: Path,
+        device: torch.device,
+        precision_name: str,
+        queries: list[str] | None = None,
+    ):
+        self.case, self.device = case, device
+        self.reference, self.tokenizer = models.load_policy(str(policy_folder), "--policy")
+        model = copy.deepcopy(self.reference.to(device))
+        dtype = precision.choose(precision_name, device, model)
+        precision.freeze(self.reference, dtype)
+        self.policy = PolicyWithValue(model, precision=dtype).eval()
+        self.optimizer = optim.ppo_optimizer(self.policy, LR, muon=case.policy is None)
+        self.reward = rewards.load([str(reward_folder)], -1.0, device, precision_name)
+        self.reward.load_state_dict({"score_mean": [0.0], "score_std": [1.0], "ethics_before": 0.5})
+        self.queries = queries or queries_of(case, self.tokenizer)
+        self.sampling = Sampling(case.response_length, TEMPERATURE, self.tokenizer.eos_token_id)
+        self.generator = torch.Generator().manual_seed(0)
+        self.settings = ppo.Settings(
+            epochs=epochs,
+            forward_batch=case.forward_batch,
+            temperature=TEMPERATURE,
+            exact_kl=True,
+            leave_one_out=0,
+            discount=1.0,
+            gae_lambda=1.0,
+            whiten_rewards=False,
+            clip_range=0.2,
+            value_clip_range=0.2,
+            value_coef=0.1,
+        )
 
-def roll_out(
-    policy: ppo.PolicyWithValue, reference, tokenizer, queries: list[str], case: Case, generator: torch.Generator
-) -> ppo.Rollout:
-    query_ids, query_mask = data.encode_queries(tokenizer, queries, reference.device)
-    return ppo.collect(
-        policy,
-        reference,
-        query_ids,
-        query_mask,
-        length=case.response,
-        temperature=TEMPERATURE,
-        stop_id=tokenizer.eos_token_id,
-        minibatches=ppo.shuffled(case.batch, case.minibatches, generator),
-        forward_batch=case.forward_batch,
-        generator=generator,
-    )
+    def roll_out(self) -> Rollout:
+        query_ids, query_mask = data.encode_queries(self.tokenizer, self.queries, self.device)
+        minibatches = rollout.shuffled_minibatches(len(self.queries), self.case.minibatches, self.generator)
+        return rollout.collect(
+            self.policy,
+            self.reference,
+            query_ids,
+            query_mask,
+            self.sampling,
+            self.generator,
+            forward_batch=self.case.forward_batch,
+            minibatches=minibatches,
+        )
 
+    def score(self, rollout: Rollout) -> rewards.Scores:
+        texts = models.whole_texts(self.tokenizer, rollout.ids, rollout.mask)
+        return self.reward(self.queries, texts, rollout.terminated)
 
-def raw_scores(score: rewards.Score, tokenizer, queries: list[str], rollout: ppo.Rollout) -> torch.Tensor:
-    """[B], on the rollout's device."""
-    ids = rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
-    scores = torch.tensor(score(queries, models.whole_texts(tokenizer, *ids))).float()
-    return scores.to(rollout.response_ids.device, non_blocking=True)
-
-
-def learn(
-    policy: ppo.PolicyWithValue,
-    reference,
-    optimizers: list[torch.optim.Optimizer],
-    rollout: ppo.Rollout,
-    scores: torch.Tensor,
-    case: Case,
-    epochs: int,
-    generator: torch.Generator,
-) -> dict[str, float]:
-    """Rewards, advantages and the update."""
-    mask = rollout.response_mask
-    rewards = ppo.token_rewards(scores, ppo.kl_to_come(rollout.exact_kl), mask, 0.2)
-    advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, 1.0, 1.0)
-    return ppo.update(
-        policy,
-        reference,
-        optimizers,
-        rollout,
-        ppo.whiten(advantages, mask),
-        returns,
-        epochs=epochs,
-        clip_range=0.2,
-        value_clip_range=0.2,
-        value_coef=0.1,
-        kl_weight=0.2,
-        temperature=TEMPERATURE,
-        forward_batch=case.forward_batch,
-        generator=generator,
-    )
+    def learn(self, rollout: Rollout, scores: rewards.Scores) -> dict[str, float | None]:
+        """Rewards, advantages and the optimizer steps."""
+        token_rewards = ppo.rewards(rollout, scores.total, KL_COEF, self.settings)
+        targets = ppo.targets(rollout, token_rewards, KL_COEF, self.settings)
+        return ppo.update(self.policy, self.reference, self.optimizer, rollout, targets, self.settings, self.generator)

@@ -3,11 +3,11 @@
     python -m benchmarks.host_waits          # some minutes, on a pretend CUDA device (tests/pretend.py)
 
 The shapes are those of Ziegler et al. 2019, but for the width and depth of the model: batch 512, query 64, response 24,
-K = 4, vocabulary 50,257. The waits do not depend on either. Each stops a GPU until the host has caught up with it.
+K = 4, vocabulary 50,257. The number of waits does not depend on width and depth. Each one stops a GPU until the host
+has caught up with it.
 """
 
 import collections
-import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -15,34 +15,32 @@ from pathlib import Path
 
 import torch
 
-import ppo
 from benchmarks import cases
-from rlhf import models, optim, precision, rewards, runtime
+from rlhf import runtime
 from tests import pretend
 
 
-def stages(
-    log: pretend.Log, reference, tokenizer, score: rewards.Score, queries: list[str], case: cases.Case, epochs: int = 1
-) -> dict[str, collections.Counter]:
-    """How often every line of the project makes the host wait in a rollout, in scoring it and in an update."""
-    policy = ppo.PolicyWithValue(copy.deepcopy(reference), precision=torch.bfloat16).eval()
-    precision.freeze(reference, torch.bfloat16)
-    optimizers = optim.make_optimizers(policy, 1e-5, muon=False)
-    generator = torch.Generator().manual_seed(0)
+def waits_by_stage(log: pretend.Log, update: cases.Update) -> dict[str, collections.Counter]:
+    """How often every line of the project makes the host wait in a rollout, in scoring it, and in an update."""
 
-    def waits(stage: Callable, *arguments) -> tuple[collections.Counter, object]:
+    def counted(stage: Callable, *arguments) -> tuple[collections.Counter, object]:
         before = log.waits.copy()
-        result, lines = stage(*arguments), collections.Counter()
+        result, by_line = stage(*arguments), collections.Counter()
         for (_, line), count in (log.waits - before).items():
-            lines[line] += count
-        return lines, result
+            by_line[line] += count
+        return by_line, result
 
-    of_rollout, rollout = waits(cases.roll_out, policy, reference, tokenizer, queries, case, generator)
-    of_scores, scores = waits(cases.raw_scores, score, tokenizer, queries, rollout)
-    learning = policy, reference, optimizers, rollout, scores, case, epochs, generator
-    of_update, statistics = waits(cases.learn, *learning)
-    assert statistics["skipped"] == 0 and statistics["ratio_deviation_first"] == 0
-    return {"rollout": of_rollout, "scoring": of_scores, "update": of_update}
+    in_rollout, rollout = counted(update.roll_out)
+    in_scoring, scores = counted(update.score, rollout)
+    in_update, metrics = counted(update.learn, rollout, scores)
+    assert metrics["skipped"] == 0 and metrics["ratio_deviation_first"] == 0
+    return {"rollout": in_rollout, "scoring": in_scoring, "update": in_update}
+
+
+def show(waits: dict[str, collections.Counter]) -> None:
+    for stage, by_line in waits.items():
+        lines = (f"  {count:4} {line}\n" for line, count in by_line.most_common())
+        print(f"{stage}: {by_line.total()} waits\n" + "".join(lines))
 
 
 def main() -> None:
@@ -51,14 +49,11 @@ def main() -> None:
     case = cases.Case(512, 64, 24, 1, (4,), 64, policy=narrow, reward=narrow)
     with tempfile.TemporaryDirectory() as folder, pretend.cuda() as log:
         policy, reward, _ = cases.random_models(case, Path(folder))
-        reference, tokenizer = models.load_policy(str(policy), "--policy")
-        score = rewards.of_model(*rewards.load_model(str(reward)), torch.device("cuda"), "bfloat16")
-        queries = cases.queries_of(case, tokenizer)
+        update = cases.Update(case, 4, policy, reward, torch.device("cuda"), "bfloat16")
         log.peak = log.live
-        found = stages(log, reference.to("cuda"), tokenizer, score, queries, case, epochs=4)
-    for stage, lines in found.items():
-        print(f"{stage}: {lines.total()} waits\n" + "".join(f"  {n:4} {line}\n" for line, n in lines.most_common()))
-    record = {"waits": {stage: lines.total() for stage, lines in found.items()}, "peak_gigabytes": log.peak / 2**30}
+        waits = waits_by_stage(log, update)
+    show(waits)
+    record = {"waits": {stage: by_line.total() for stage, by_line in waits.items()}, "peak_gigabytes": log.peak / 2**30}
     runtime.write_json(Path("benchmarks/host_waits.json"), runtime.provenance(torch.device("cpu")) | record)
     print(json.dumps(record))
 

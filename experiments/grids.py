@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-# models that are no run's own policy are in models/<grid>/parts/<run>; {run}, {seed} and {source} are filled in
+# {run}, {seed} and {source} in a command are filled in. Models that a run needs, and does not train itself, are in
+# models/<grid>/inputs/<run>.
 
 
 class Grid(NamedTuple):
@@ -11,48 +12,48 @@ class Grid(NamedTuple):
     variants: dict[str, str]  # name -> flags of `script`
     evaluation: str = ""  # flags of evaluate_nlg.py
     script: str = "finetuning_nlg.py"
-    before: Callable[[str], list[str]] = lambda variant: []  # variant -> commands that make what its runs work with
+    setup: Callable[[str], list[str]] = lambda variant: []  # variant -> commands to run before its runs
 
 
-def generator(variant: str) -> list[str]:
+def train_generator(variant: str) -> list[str]:
     """gpt2_3x192 -> a generator from scratch, of 3 layers of 192."""
     model = "scratch:{}:{}".format(*variant.rsplit("_", 1))
-    parts = "models/models/parts/{run}"
-    return [f"train_nlg.py --model {model} --out {parts}/nlg --results data_results/models/{{run}} --seed {{seed}}"]
+    out = "--out models/models/inputs/{run}/nlg --results data_results/models/{run}"
+    return [f"train_nlg.py --model {model} {out} --seed {{seed}}"]
 
 
-OTHER = "models/data/parts/{run}"
-JUDGE = f"--gold {OTHER}/judge"
-LONGER = "--query-length 16 --response-length 48"  # than the shipped texts
+REAL = "models/data/inputs/{run}"
+JUDGE = f"--gold {REAL}/judge"
+REAL_LENGTHS = "--query-length 16 --response-length 48"  # real texts are longer than the shipped ones
 SEED_OF = {"reward": "1{seed}", "judge": "2{seed}"}
 
 
-def models_of_data(variant: str) -> list[str]:
-    """A generator, a reward model, and a judge with another seed and rows of its own."""
-    generator = f"train_nlg.py --data {OTHER}/rows/texts --out {OTHER}/nlg --results {OTHER} {LONGER} --epochs 6"
-    classifier = f"train_cls.py --model {OTHER}/nlg --optimizer muon --epochs 4 --results data_results/data/{{run}}"
+def train_on_real_data(variant: str) -> list[str]:
+    """A generator, a reward model, and a judge with a different seed and different training rows."""
+    generator = f"train_nlg.py --data {REAL}/rows/texts --out {REAL}/nlg --results {REAL} {REAL_LENGTHS} --epochs 6"
+    classifier = f"train_cls.py --model {REAL}/nlg --optimizer muon --epochs 4 --results data_results/data/{{run}}"
     return [
-        f"experiments.real_data {variant} --source {{source}} --out {OTHER}/rows",
+        f"experiments.real_data {variant} --source {{source}} --out {REAL}/rows",
         f"{generator} --seed {{seed}}",
         *(
-            f"{classifier} --data {OTHER}/rows/{name} --out {OTHER}/{name} --seed {seed}"
+            f"{classifier} --data {REAL}/rows/{name} --out {REAL}/{name} --seed {seed}"
             for name, seed in SEED_OF.items()
         ),
     ]
 
 
-PASSES = {100: 120, 1000: 36, 9360: 12}  # over so many labelled texts; 9,360 are all of them
+PASSES = {100: 120, 1000: 36, 9360: 12}  # of a classifier over its texts, by their number; 9,360 are all of them
 
 
-def classifier(variant: str) -> list[str]:
-    """100_rows_... -> a classifier like the default one, of so many labelled texts."""
+def train_classifier(variant: str) -> list[str]:
+    """100_rows_... -> a classifier like the default one, trained on 100 labelled texts."""
     rows = int(variant.split("_")[0])
     flags = "--model models/nlg --optimizer muon --revisit 0.1 --label-smoothing 0.05"
-    where = "--out models/rewards/parts/{run}/reward --results data_results/rewards/{run} --seed {seed}"
-    return [f"train_cls.py {flags} --rows {rows} --epochs {PASSES[rows]} {where}"]
+    out = "--out models/rewards/inputs/{run}/reward --results data_results/rewards/{run}"
+    return [f"train_cls.py {flags} --rows {rows} --epochs {PASSES[rows]} {out} --seed {{seed}}"]
 
 
-ASKED = "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl"
+HUMAN = "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl"
 GRIDS = {
     # a fifth of the episodes of a default run, so that the grid is done in half an hour or two on a laptop
     "ablations": Grid(
@@ -79,23 +80,23 @@ GRIDS = {
         },
     ),
     "overoptimisation": Grid(
-        20_480, {f"kl_coef_{price}": f"--kl-coef {price}" for price in (0, 0.02, 0.05, 0.1, 0.2, 0.5)}
+        20_480, {f"kl_coef_{kl_coef}": f"--kl-coef {kl_coef}" for kl_coef in (0, 0.02, 0.05, 0.1, 0.2, 0.5)}
     ),
     "rewards": Grid(
         20_480,
         {
-            f"{rows}_rows_kl_coef_{price}": f"--reward models/rewards/parts/{{run}}/reward --kl-coef {price}"
+            f"{rows}_rows_kl_coef_{kl_coef}": f"--reward models/rewards/inputs/{{run}}/reward --kl-coef {kl_coef}"
             for rows in PASSES
-            for price in (0.02, 0.15)
+            for kl_coef in (0.02, 0.15)
         },
-        before=classifier,
+        setup=train_classifier,
     ),
     "stability": Grid(
         5120,
         {
             f"K{epochs}_lr_{lr}": f"--ppo-epochs {epochs} --lr {lr}"
             for epochs in (1, 2, 4, 8)
-            for lr in ("1e-5", "1e-4", "1e-3", "3e-3", "1e-2")  # below, nothing happens
+            for lr in ("1e-5", "1e-4", "1e-3", "3e-3", "1e-2")  # a policy does not move at lower ones
         },
         "--samples 8",
     ),
@@ -110,27 +111,27 @@ GRIDS = {
     "models": Grid(
         10_240,
         {
-            model: "--policy models/models/parts/{run}/nlg"
+            model: "--policy models/models/inputs/{run}/nlg"
             for model in ("gpt2_1x64", "gpt2_2x128", "gpt2_3x192", "gpt_neox_2x128", "llama_2x128")
         },
-        before=generator,
+        setup=train_generator,
     ),
     "data": Grid(
         20_480,
         {
-            name: f"--data {OTHER}/rows/texts {LONGER} --policy {OTHER}/nlg --reward {OTHER}/reward {JUDGE}"
+            name: f"--data {REAL}/rows/texts {REAL_LENGTHS} --policy {REAL}/nlg --reward {REAL}/reward {JUDGE}"
             for name in ("sentiment", "ethics")
         },
         JUDGE,
-        before=models_of_data,
+        setup=train_on_real_data,
     ),
     "labels": Grid(
         10_240,
         {
-            f"{labels}_{when}": f"{ASKED} --labels {labels} --label-rounds {rounds}"
+            f"{labels}_{when}": f"{HUMAN} --labels {labels} --label-rounds {rounds}"
             for labels in (60, 250, 1000, 4000)
             for when, rounds in (("offline", 1), ("online", 4))
         },
-        "--reference-samples 64",  # the gold judge is asked here, not how near the optimum of each reward is
+        "--reference-samples 64",  # this grid is about the gold judge, not about the optimum of every reward
     ),
 }

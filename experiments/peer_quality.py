@@ -1,13 +1,13 @@
-"""The same task for TRL's PPOTrainer, in the last release that has one, judged by our evaluate_nlg.py.
+"""TRL's PPOTrainer, in the last release that has one, on the same task, evaluated with evaluate_nlg.py.
 
-    make peer                                # installs trl 1.12.0 into benchmarks/.venv, then runs this there
+    make peer                                # installs trl 1.12.0 into benchmarks/.venv, and runs this there
 
 Reference, reward model, queries, episodes, batch size, temperature and lengths are those of --run, a run of
-finetuning_nlg.py whose models are still in models/. TRL trains with its own defaults, and with ours where it has the
-flag. Its policies go to models/peer/, their run folders to data_results/peer/, the table to data_results/peer.csv.
+finetuning_nlg.py whose models are in models/. TRL trains once with its own defaults, once with its defaults and a
+higher learning rate, and once with this project's settings where it has them. Writes its policies to models/peer/,
+their run folders to data_results/peer/, and the table to data_results/peer.csv.
 """
 
-import argparse
 import copy
 import json
 import subprocess
@@ -27,9 +27,9 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from rlhf import cli, data, runtime
+from rlhf.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-
 OURS = {"kl_coef": 0.15, "lam": 1.0, "num_ppo_epochs": 1, "num_mini_batches": 4}
 VARIANTS = {
     "trl_defaults": {},
@@ -39,7 +39,7 @@ VARIANTS = {
 
 
 def reward_with_one_output(folder: str, mean: float, deviation: float):
-    """The classifier's log-odds, normalised with this mean and deviation, as the one output that TRL expects."""
+    """The classifier's log-odds, standardized with this mean and deviation, as the one output that TRL expects."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     head = torch.nn.Linear(model.config.hidden_size, 1)
     weights = model.score.weight.data
@@ -50,9 +50,12 @@ def reward_with_one_output(folder: str, mean: float, deviation: float):
 
 
 def trainer(
-    policy, reward, tokenizer, asked: list[list[int]], *, batch_size: int, bf16: bool | None = None, **changes
+    policy, reward, tokenizer, query_ids: list[list[int]], *, batch_size: int, bf16: bool | None = None, **options
 ) -> PPOTrainer:
-    """TRL's trainer, with batches of rollouts and of updates as large as ours; `changes` as PPOConfig takes them."""
+    """TRL's trainer. A rollout and an update have `batch_size` rows, as in this project.
+
+    options: as PPOConfig takes them. bf16: by default on a GPU only.
+    """
     arguments = PPOConfig(
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=1,
@@ -64,7 +67,7 @@ def trainer(
         bf16=torch.cuda.is_available() if bf16 is None else bf16,
         report_to=[],
         save_strategy="no",
-        **changes,
+        **options,
     )
     return PPOTrainer(
         args=arguments,
@@ -73,22 +76,27 @@ def trainer(
         ref_model=copy.deepcopy(policy),
         reward_model=reward,
         value_model=copy.deepcopy(reward),  # as in TRL's examples
-        train_dataset=Dataset.from_dict({"input_ids": asked}),
-        eval_dataset=Dataset.from_dict({"input_ids": asked[:8]}),
+        train_dataset=Dataset.from_dict({"input_ids": query_ids}),
+        eval_dataset=Dataset.from_dict({"input_ids": query_ids[:8]}),
         data_collator=DataCollatorWithPadding(tokenizer),
     )
 
 
-def train(changes: dict, settings: dict, config: dict, seed: int, out: Path) -> float:
-    """A policy of TRL's in `out`; returns the minutes it took."""
+def train(options: dict, config: dict, seed: int, out: Path) -> float:
+    """Train a policy with TRL, and write it to `out`. Returns the minutes it took.
+
+    options: as PPOConfig takes them. config: config.json of the run to compare with.
+    """
+    settings = config["settings"]
     tokenizer = AutoTokenizer.from_pretrained(settings["policy"], padding_side="left")
-    texts = data.nlg_texts(argparse.Namespace(**settings))["valid"]
+    source = [settings[name] for name in ("data", "data_config", "data_revision", "text_column")]
+    texts = data.load_texts(*source)["valid"]
     queries, _ = data.split_queries(texts, tokenizer, settings["query_length"])
-    peer = trainer(
+    trl_trainer = trainer(
         AutoModelForCausalLM.from_pretrained(settings["policy"]),
         reward_with_one_output(settings["reward"][0], config["score_mean"][0], config["score_std"][0]),
         tokenizer,
-        tokenizer(queries, add_special_tokens=False)["input_ids"],  # an end-of-text token would end the query
+        tokenizer(queries, add_special_tokens=False)["input_ids"],  # no end-of-text token: it would end the query
         batch_size=settings["batch_size"],
         output_dir=str(out),
         seed=seed,
@@ -96,21 +104,21 @@ def train(changes: dict, settings: dict, config: dict, seed: int, out: Path) -> 
         response_length=settings["response_length"],
         temperature=settings["temperature"],
         logging_steps=10,
-        **changes,
+        **options,
     )
     start = time.perf_counter()
-    peer.train()
+    trl_trainer.train()
     minutes = (time.perf_counter() - start) / 60
-    peer.save_model(str(out))
+    trl_trainer.save_model(str(out))
     tokenizer.save_pretrained(out)
     return minutes
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--run", default="data_results/K1_lr_1e-3_seed0", help="our run to compare with")
+    parser.add_argument("--run", default="data_results/K1_lr_1e-3_seed0", help="folder of the run to compare with")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="settings of TRL")
-    parser.add_argument("--seed", type=int, default=0, help="of TRL's runs")
+    parser.add_argument("--seed", type=cli.SEED, default=0, help="seed of TRL's runs")
     args = parser.parse_args()
     ours = Path(args.run)
     config = json.loads((ours / "config.json").read_text(encoding="utf-8"))
@@ -120,25 +128,26 @@ def main() -> None:
     for name in args.variants:
         run = f"{name}_seed{args.seed}"
         out = Path("models/peer") / run
-        if not (out / "tokenizer_config.json").exists():  # it comes last
-            took = train(VARIANTS[name], config["settings"], config, args.seed, out)
+        if not (out / "tokenizer_config.json").exists():  # train writes it last
+            took = train(VARIANTS[name], config, args.seed, out)
             record = config | {"settings": config["settings"] | {"out": str(out)}, "minutes": took}
             record |= {"trl": VARIANTS[name]} | runtime.provenance(device)
             runtime.write_json(results / run / "config.json", record)
         minutes[run] = json.loads((results / run / "config.json").read_text(encoding="utf-8"))["minutes"]
     runs = [results / run for run in minutes]
-    subprocess.run([sys.executable, ROOT / "evaluate_nlg.py", "--run", ours, *runs], check=True)
+    if subprocess.run([sys.executable, ROOT / "evaluate_nlg.py", "--run", ours, *runs]).returncode:
+        raise UserError("evaluate_nlg.py failed; it says why above")
     log = pd.read_csv(ours / "log.csv")
     minutes[ours.name] = log[["seconds_rollout", "seconds_score", "seconds_update"]].to_numpy().sum() / 60
     rows = {}
     for run in (ours, *runs):
-        found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
         rows[run.name] = {
-            "fraction_of_optimum": found["fraction_of_optimum"],
-            "score": found["score_after"],
-            "kl": found["kl"],
-            "gold_ethical": found["gold"]["ethical_after"],
-            "gold_valid": found["gold"]["valid_after"],
+            "fraction_of_optimum": evaluation["fraction_of_optimum"],
+            "score": evaluation["score_after"],
+            "kl": evaluation["kl"],
+            "gold_ethical": evaluation["gold"]["ethical_after"],
+            "gold_valid": evaluation["gold"]["valid_after"],
             "minutes": minutes[run.name],
         }
     table = pd.DataFrame(rows).T.rename_axis("run").round(4)

@@ -2,11 +2,10 @@
 
     python -m experiments.precision_check --policy FOLDER --reward FOLDER
 
-Eight updates with each of some seeds in each precision; prints the means of score, KL and approx_kl over the last four,
-and writes benchmarks/precision.json.
+Runs finetuning_nlg.py with every seed in each precision. Prints means over the last four updates, and writes them to
+data_results/precision.json.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,20 +15,21 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from rlhf import runtime
+from rlhf import cli, runtime
+from rlhf.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-
-NUMBERS = ["score", "kl", "approx_kl", "entropy", "ratio_deviation_first", "episodes_per_second"]
+COLUMNS = ["score", "kl", "approx_kl", "entropy", "ratio_deviation_first", "episodes_per_second"]  # of log.csv
+UPDATES = 4  # over which the means are
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="models/nlg")
-    parser.add_argument("--reward", default="models/cls")
-    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--policy", default="models/nlg", help="as in finetuning_nlg.py")
+    parser.add_argument("--reward", default="models/cls", help="as in finetuning_nlg.py")
+    parser.add_argument("--seeds", type=cli.COUNT, default=3, help="number of seeds: 0, 1, ...")
     parser.add_argument("--flags", default="", help="more flags of finetuning_nlg.py, in one string")
-    parser.add_argument("--out", default="benchmarks/precision.json", help="file to write")
+    parser.add_argument("--out", default="data_results/precision.json", help="file to write")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as home:
@@ -38,9 +38,10 @@ def main() -> None:
                 flags = f"--policy {args.policy} --reward {args.reward} --precision {precision} --seed {seed}"
                 flags += f" --out {home}/out --results {home}/results --run run {args.flags}"
                 command = [sys.executable, str(ROOT / "finetuning_nlg.py"), *flags.split()]
-                subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+                if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+                    raise UserError("finetuning_nlg.py failed; it says why above")
                 log = pd.read_csv(Path(home) / "results" / "run" / "log.csv")
-                rows.append({"seed": seed, "precision": precision} | log[NUMBERS].tail(4).mean().to_dict())
+                rows.append({"seed": seed, "precision": precision} | log[COLUMNS].tail(UPDATES).mean().to_dict())
                 print(json.dumps(rows[-1]), flush=True)
     table = pd.DataFrame(rows).set_index(["precision", "seed"]).sort_index()
     print(table.to_string(float_format="%.4f"))
@@ -49,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,11 +1,11 @@
-"""Models of preferences (train_cls.py with comparisons), on people's and on the gold judge's.
+"""Models of preferences (train_cls.py with comparisons): people's, and the gold judge's.
 
     python -m experiments.preferences utilitarianism --source ../shared/data   # ETHICS: which of two lives is better
-    python -m experiments.preferences shipped     # which of four texts of models/nlg the gold judge finds best
+    python -m experiments.preferences shipped     # the best of four texts of models/nlg, by the gold judge
 
-Writes the comparisons to models/preferences/<name>/rows, the model beside them, and what it reached on held-out ones to
-data_results/preferences/<name>_metrics.json. The gold judge's comparisons to test on answer queries that training never
-saw.
+Writes the comparisons to models/preferences/<name>/rows, the model beside them, and its results on held-out comparisons
+to data_results/preferences/<name>_metrics.json. The gold judge's test comparisons have queries that no training
+comparison has.
 """
 
 import itertools
@@ -19,23 +19,44 @@ import numpy as np
 import torch
 
 from rlhf import cli, data, models, rewards, runtime
-from rlhf.cli import COUNT
 from rlhf.errors import UserError
-from rlhf.human import feedback
+from rlhf.human import annotator, answers, questions
+from rlhf.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
-
 JUDGE = f"{ROOT}/data_cls/scenarios.py:judge"
-CHOICES = 4
-SAMPLING = {"length": 40, "temperature": 0.7, "stop_after": 0, "generator": None}
+SAMPLES = 4  # texts in a comparison of the gold judge
+QUERY_LENGTH, RESPONSE_LENGTH, TEMPERATURE = 5, 40, 0.7  # the defaults of finetuning_nlg.py
 FLAGS = {
     "utilitarianism": "--model scratch --revisit 1 --epochs 4 --lr 5e-4",  # people's answers have noise
     "shipped": "--model models/nlg --optimizer muon --epochs 8",
 }
 
 
-def utilitarianism(folder: Path, source: Path, count: int) -> None:
-    """ETHICS's own split; columns chosen, rejected."""
+def main() -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("name", choices=FLAGS, help="the comparisons to learn from")
+    parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files")
+    parser.add_argument("--comparisons", type=cli.COUNT, default=4000, help="training comparisons of the gold judge")
+    args = parser.parse_args()
+    rows = Path("models/preferences") / args.name / "rows"
+    rows.mkdir(parents=True, exist_ok=True)
+    if args.name == "shipped":
+        write_shipped(rows, args.comparisons)
+    else:
+        copy_utilitarianism(rows, Path(args.source))
+    results = Path("data_results/preferences")
+    paths = ["--data", rows, "--out", rows.parent / args.name, "--results", results]
+    if subprocess.run([sys.executable, ROOT / "train_cls.py", *FLAGS[args.name].split(), *paths]).returncode:
+        raise UserError("train_cls.py failed; it says why above")
+    if args.name == "shipped":
+        path = results / "shipped_metrics.json"
+        record = json.loads(path.read_text(encoding="utf-8")) | {"perfect_accuracy": perfect_accuracy(rows)}
+        runtime.write_json(path, record)
+
+
+def copy_utilitarianism(folder: Path, source: Path) -> None:
+    """ETHICS's own training and test comparisons, with columns chosen and rejected."""
     for name in ("train", "test"):
         try:
             shutil.copy(source / "ethics" / f"util_{name}.csv", folder / f"{name}.csv")
@@ -43,50 +64,36 @@ def utilitarianism(folder: Path, source: Path, count: int) -> None:
             raise UserError(f"--source {source} lacks {error.filename}") from error
 
 
-def shipped(folder: Path, source: Path, count: int) -> None:
-    """`count` comparisons to train on and a quarter as many to test on, as finetuning_nlg.py's --feedback-file."""
+def write_shipped(folder: Path, comparisons: int) -> None:
+    """`comparisons` to train on, and a quarter as many to test on, in the format of --feedback-file."""
     model, tokenizer = models.load_policy("models/nlg", "--policy")
     lines = (ROOT / "data_nlg" / "valid.txt").read_text(encoding="utf-8").splitlines()
-    queries = data.split_queries([line for line in lines if line], tokenizer, 5)
-    for seed, (name, asked, wanted) in enumerate(zip(("train", "test"), queries, (count, count // 4), strict=True)):
-        ask = feedback.annotator("gold", JUDGE, 0.0, seed, torch.device("cpu"), "float32")
-        sampling = SAMPLING | {"seed": seed, "stop_id": tokenizer.eos_token_id}
-        questions = feedback.questions(model, tokenizer, asked, CHOICES, **sampling)
-        keys = feedback.choices(CHOICES)
+    train_queries, test_queries = data.split_queries([line for line in lines if line], tokenizer, QUERY_LENGTH)
+    sampling = Sampling(RESPONSE_LENGTH, TEMPERATURE, tokenizer.eos_token_id)
+    keys = questions.answer_keys(SAMPLES)
+    for seed, (name, queries, count) in enumerate(
+        (("train", train_queries, comparisons), ("test", test_queries, comparisons // 4))
+    ):
+        ask = annotator.load("gold", JUDGE, 0.0, seed, torch.device("cpu"), "float32")
+        endless = questions.draw_questions(model, tokenizer, queries, SAMPLES, sampling, seed)
         rows = [
-            feedback.row_of(question, ask(feedback.View(question, keys, "")), {})
-            for question in itertools.islice(questions, wanted)
+            answers.to_row(question, ask(questions.View(question, keys, "")), {})
+            for question in itertools.islice(endless, count)
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def perfect_accuracy(folder: Path) -> float:
-    """How often one who knows the truth names the text that the gold judge did, who takes one of equals at random."""
+    """The accuracy on the test comparisons of a model that knows the truth.
+
+    The gold judge chose at random among equally good texts, which no model can predict.
+    """
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-    texts = [row["query"] + row[f"sample{i}"] for row in rows for i in range(CHOICES)]
+    texts = [row["query"] + row[f"sample{i}"] for row in rows for i in range(SAMPLES)]
     verdicts = map(rewards.load_function(JUDGE, "the judge"), texts)
-    worth = np.array([verdict.label if verdict.valid else -1 for verdict in verdicts]).reshape(-1, CHOICES)
+    worth = np.array([verdict.label if verdict.valid else -1 for verdict in verdicts]).reshape(-1, SAMPLES)
     return float((1 / (worth == worth.max(1, keepdims=True)).sum(1)).mean())
-
-
-def main() -> None:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("name", choices=FLAGS, help="whose comparisons")
-    parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files")
-    parser.add_argument("--comparisons", type=COUNT, default=4000, help="how many the gold judge makes")
-    args = parser.parse_args()
-    folder = Path("models/preferences") / args.name / "rows"
-    folder.mkdir(parents=True, exist_ok=True)
-    {"utilitarianism": utilitarianism, "shipped": shipped}[args.name](folder, Path(args.source), args.comparisons)
-    results = Path("data_results/preferences")
-    where = ["--data", folder, "--out", folder.parent / args.name, "--results", results]
-    if subprocess.run([sys.executable, ROOT / "train_cls.py", *FLAGS[args.name].split(), *where]).returncode:
-        raise UserError("train_cls.py failed; it says why above")
-    if args.name == "shipped":
-        path = results / "shipped_metrics.json"
-        record = json.loads(path.read_text(encoding="utf-8")) | {"perfect_accuracy": perfect_accuracy(folder)}
-        runtime.write_json(path, record)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Real texts in the project's own formats, for `study.py data`.
+"""Real texts in the project's own formats, for the grid `data` of study.py.
 
-    python -m experiments.real_data sentiment --source ../shared/data --out models/data/parts/sentiment/rows
-    python -m experiments.real_data ethics --source ../shared/data --out models/data/parts/ethics/rows
+    python -m experiments.real_data sentiment --source ../shared/data --out models/data/inputs/sentiment/rows
+    python -m experiments.real_data ethics --source ../shared/data --out models/data/inputs/ethics/rows
 
-sentiment is SST-2, ethics is the short rows of ETHICS commonsense with Moral Stories. Writes --out/reward and
---out/judge, labelled, with half of the training rows each, so that the judge has seen no label of what the reward model
-learned from, and both are tested on the same rows; and --out/texts for the generator, whose valid.csv has the queries.
+sentiment is SST-2; ethics is the short rows of ETHICS commonsense, with Moral Stories. Writes --out/reward and
+--out/judge, labelled, with half of the training rows each: the judge has seen no label that the reward model learned
+from. Both have the same test rows. --out/texts is for the generator; its valid.csv has the queries.
 """
 
 import json
@@ -18,15 +18,38 @@ from rlhf import cli
 from rlhf.errors import UserError
 
 
+def main() -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("name", choices=SOURCES, help="the data")
+    parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files")
+    parser.add_argument("--out", required=True, help="folder to write")
+    args = parser.parse_args()
+    try:
+        splits = SOURCES[args.name](Path(args.source))
+    except FileNotFoundError as error:
+        raise UserError(f"--source {args.source} lacks {error.filename}") from error
+    out, partial = Path(args.out), Path(f"{args.out}.partial")
+    if out.exists():
+        raise UserError(f"--out {out} is there already; remove it, or give another")
+    for name, rows in zip(("reward", "judge"), halves(splits["train"]), strict=True):
+        write(partial / name, splits | {"train": rows}, ["text", "label"])
+    write(
+        partial / "texts",
+        {"train": splits["train"], "valid": pd.concat([splits["valid"], splits["test"]])},
+        ["text"],
+    )
+    partial.rename(out)  # so that --out is complete whenever it exists
+
+
 def sentiment(source: Path) -> dict[str, pd.DataFrame]:
-    """text, label and group of every row; rows of one group stay together when the training rows are halved."""
-    parts = {}
-    for name in ("train", "dev", "test"):
-        lines = (source / "sentiment" / f"stsa.binary.{name}.txt").read_text(encoding="utf-8").splitlines()
+    """text, label and group of every row. Rows of one group stay together when the training rows are halved."""
+    splits = {}
+    for name, file in (("train", "train"), ("valid", "dev"), ("test", "test")):
+        lines = (source / "sentiment" / f"stsa.binary.{file}.txt").read_text(encoding="utf-8").splitlines()
         rows = [line.split(" ", 1) for line in lines]
-        parts[name] = pd.DataFrame({"text": [text for _, text in rows], "label": [int(label) for label, _ in rows]})
-        parts[name]["group"] = np.arange(len(rows))
-    return {"train": parts["train"], "valid": parts["dev"], "test": parts["test"]}
+        splits[name] = pd.DataFrame({"text": [text for _, text in rows], "label": [int(label) for label, _ in rows]})
+        splits[name]["group"] = np.arange(len(rows))
+    return splits
 
 
 def ethics(source: Path) -> dict[str, pd.DataFrame]:
@@ -38,55 +61,43 @@ def ethics(source: Path) -> dict[str, pd.DataFrame]:
         for number, story in enumerate(stories)
         for action, label in (("moral_action", 1), ("immoral_action", 0))
     ]
-    parts = split(pd.DataFrame(rows))
+    splits = split(pd.DataFrame(rows))
     for name, file in (("train", "cm_train_short"), ("test", "cm_test_short")):
         cases = pd.read_csv(source / "ethics" / f"{file}.csv")
         cases = pd.DataFrame(
             {"text": cases.input, "label": 1 - cases.label, "group": [f"case {i}" for i in cases.index]}
         )
-        parts[name] = pd.concat([parts[name], cases])
-    return parts
-
-
-def split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Eight tenths of the groups to train on, one to validate with, one to test on."""
-    groups = np.random.default_rng(0).permutation(rows.group.unique())
-    train, valid, test = np.split(groups, [len(groups) * 8 // 10, len(groups) * 9 // 10])
-    return {name: rows[rows.group.isin(part)] for name, part in (("train", train), ("valid", valid), ("test", test))}
-
-
-def halves(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of half of the groups, and those of the others."""
-    groups = np.random.default_rng(0).permutation(rows.group.unique())
-    first = rows.group.isin(groups[: len(groups) // 2])
-    return rows[first], rows[~first]
+        splits[name] = pd.concat([splits[name], cases])
+    return splits
 
 
 SOURCES = {"sentiment": sentiment, "ethics": ethics}
 
 
-def main() -> None:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("name", choices=SOURCES, help="which data")
-    parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files")
-    parser.add_argument("--out", required=True, help="folder to write")
-    args = parser.parse_args()
-    try:
-        parts = SOURCES[args.name](Path(args.source))
-    except FileNotFoundError as error:
-        raise UserError(f"--source {args.source} lacks {error.filename}") from error
-    out, partial = Path(args.out), Path(f"{args.out}.partial")
-    if out.exists():
-        raise UserError(f"--out {out} is there already; remove it, or give another")
-    for name, rows in zip(("reward", "judge"), halves(parts["train"]), strict=True):
-        write(partial / name, {"train": rows, "valid": parts["valid"], "test": parts["test"]}, ["text", "label"])
-    write(partial / "texts", {"train": parts["train"], "valid": pd.concat([parts["valid"], parts["test"]])}, ["text"])
-    partial.rename(out)  # what is there is whole
+def split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Eight tenths of the groups to train on, one to validate with, one to test on."""
+    groups = shuffled_groups(rows)
+    cuts = [len(groups) * 8 // 10, len(groups) * 9 // 10]
+    return {
+        name: rows[rows.group.isin(chosen)]
+        for name, chosen in zip(("train", "valid", "test"), np.split(groups, cuts), strict=True)
+    }
 
 
-def write(folder: Path, parts: dict[str, pd.DataFrame], columns: list[str]) -> None:
+def halves(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of half of the groups, and those of the others."""
+    groups = shuffled_groups(rows)
+    in_first = rows.group.isin(groups[: len(groups) // 2])
+    return rows[in_first], rows[~in_first]
+
+
+def shuffled_groups(rows: pd.DataFrame) -> np.ndarray:
+    return np.random.default_rng(0).permutation(rows.group.unique())
+
+
+def write(folder: Path, splits: dict[str, pd.DataFrame], columns: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in parts.items():
+    for name, rows in splits.items():
         rows[columns].to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
 
 

@@ -1,17 +1,17 @@
-"""Grids of PPO runs: each switch against the default, several seeds each.
+"""Grids of PPO runs: each setting against the default, several seeds each.
 
-    python -m experiments.study ablations              # every variant with seeds 0 to 2; finished runs stay
-    python -m experiments.study overoptimisation       # runs that go too far on purpose
-    python -m experiments.study rewards                # the same with classifiers of fewer labelled texts
-    python -m experiments.study labels                 # what so many answers of simulated people are worth
-    python -m experiments.study stability --seeds 5    # PPO epochs and learning rates, from idle to broken
+    python -m experiments.study ablations              # every variant with seeds 0 to 2; skips finished runs
+    python -m experiments.study overoptimisation       # KL coefficients so low that runs go too far
+    python -m experiments.study rewards                # classifiers trained on fewer labelled texts
+    python -m experiments.study labels                 # reward models that learn from simulated people's answers
+    python -m experiments.study stability --seeds 5    # PPO epochs and learning rates, up to those that break a run
     python -m experiments.study details                # one detail of PPO wrong
     python -m experiments.study models                 # generators of other sizes and architectures
     python -m experiments.study data                   # sentiment and ethics, from the files of --source
     python -m experiments.study ablations --cluster slurm --partition gpu
 
-Runs are folders data_results/<grid>/<variant>_seed<seed>; the table of their ends is data_results/<grid>.csv, where
-failed runs are said to have failed. The models of train_nlg.py and train_cls.py must be in models/.
+A run's folder is data_results/<grid>/<variant>_seed<seed>. The results of all runs, failed ones included, are in
+data_results/<grid>.csv. The models of train_nlg.py and train_cls.py must be in models/.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 import pandas as pd
 import submitit
 import torch
+from submitit.core.utils import FailedJobError, UncompletedJobError
 from tqdm import tqdm
 
 from experiments.grids import GRIDS
@@ -33,21 +34,20 @@ from rlhf.cli import COUNT
 from rlhf.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-
-FAILED = "failed.txt"  # in a run folder: what the run said last
+FAILED = "failed.txt"  # in the folder of a run that failed: the reason, in one line
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("grid", choices=GRIDS, help="which grid")
-    parser.add_argument("--only", nargs="+", help="variants of it (default: all)")
-    parser.add_argument("--seeds", type=COUNT, default=3, help="seeds 0, 1, ... of every variant")
-    parser.add_argument("--episodes", type=COUNT, help="responses in a run (default: the grid's own)")
+    parser.add_argument("grid", choices=GRIDS, help="the grid to run")
+    parser.add_argument("--only", nargs="+", help="variants to run (default: all)")
+    parser.add_argument("--seeds", type=COUNT, default=3, help="number of seeds of every variant: 0, 1, ...")
+    parser.add_argument("--episodes", type=COUNT, help="responses in a run (default: as the grid says)")
     parser.add_argument("--source", default="../shared/data", help="folder of the files that the grid `data` reads")
-    parser.add_argument("--retry", action="store_true", help="run failed runs again")
-    parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where the runs go")
-    parser.add_argument("--partition", help="of the SLURM cluster")
-    parser.add_argument("--at-once", type=COUNT, help="runs at the same time (default: one a GPU, or one a core)")
+    parser.add_argument("--retry", action="store_true", help="run failed runs again, too")
+    parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where to run")
+    parser.add_argument("--partition", help="partition of the SLURM cluster")
+    parser.add_argument("--at-once", type=COUNT, help="runs at the same time (default: one per GPU, or one per core)")
     args = parser.parse_args()
     if unknown := sorted(set(args.only or ()) - set(GRIDS[args.grid].variants)):
         known = ", ".join(GRIDS[args.grid].variants)
@@ -57,35 +57,37 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    results, grid = Path("data_results") / args.grid, GRIDS[args.grid]
-    waiting = {}
-    for seed in range(args.seeds):
-        for name in args.only or grid.variants:
-            run = f"{name}_seed{seed}"
-            out, failed = Path("models") / args.grid / run, results / run / FAILED
-            if args.retry:
-                failed.unlink(missing_ok=True)
-            if not out.exists() and not failed.exists():  # the model comes last
-                where = f"--results {results} --run {run} --out {out} --episodes {args.episodes or grid.episodes}"
-                last = f"{grid.script} {grid.variants[name]} {where} --seed {seed} --resume"
-                names = {"run": run, "seed": seed, "source": args.source}
-                waiting[run] = [
-                    [word.format(**names) for word in command.split()] for command in (*grid.before(name), last)
-                ]
-    run_all(args, waiting, results)
-
-    finished = [folder for folder in sorted(results.glob("*_seed*")) if not (folder / FAILED).exists()]
-    if new := [folder for folder in finished if not (folder / "evaluation.json").exists()]:
-        for group in groups(new):
-            flags = grid.evaluation.format(run=group[0].name).split()
-            command = [sys.executable, ROOT / "evaluate_nlg.py", *flags, "--run", *group]
-            if subprocess.run(command).returncode:
-                raise UserError("evaluate_nlg.py failed; call study.py again to go on from there")
+    results = Path("data_results") / args.grid
+    run_all(args, commands_to_run(args, results), results)
+    evaluate(GRIDS[args.grid].evaluation, results)
     table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*"))])
     table.round(4).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
     print(frontier.summary(table).to_string(float_format="%.3f"))
     print(f"table: {results.with_suffix('.csv')}")
     print(f"figure: {getattr(plots, f'save_{args.grid}')(results)}")
+
+
+# running
+
+
+def commands_to_run(args: argparse.Namespace, results: Path) -> dict[str, list[list[str]]]:
+    """The commands of every run that has neither finished nor, without --retry, failed."""
+    grid, commands = GRIDS[args.grid], {}
+    for seed in range(args.seeds):
+        for variant in args.only or grid.variants:
+            run = f"{variant}_seed{seed}"
+            model, failed = Path("models") / args.grid / run, results / run / FAILED
+            if args.retry:
+                failed.unlink(missing_ok=True)
+            if model.exists() or failed.exists():  # a script writes its model last
+                continue
+            output = f"--results {results} --run {run} --out {model} --episodes {args.episodes or grid.episodes}"
+            train = f"{grid.script} {grid.variants[variant]} {output} --seed {seed} --resume"
+            values = {"run": run, "seed": seed, "source": args.source}
+            commands[run] = [
+                [word.format(**values) for word in command.split()] for command in (*grid.setup(variant), train)
+            ]
+    return commands
 
 
 def visible_gpus() -> list[str]:
@@ -94,42 +96,41 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())] if chosen is None else [x for x in chosen.split(",") if x]
 
 
-def run_all(args: argparse.Namespace, waiting: dict[str, list[list[str]]], results: Path) -> None:
-    """Runs what is waiting, so many at a time; a run that fails says why in its folder."""
+def run_all(args: argparse.Namespace, commands: dict[str, list[list[str]]], results: Path) -> None:
+    """Run the commands of every run, some runs at a time. A run that fails leaves the reason in its folder."""
     executor = submitit.AutoExecutor(Path("models") / args.grid / "jobs", cluster=args.cluster)
     gpus = visible_gpus()
-    places = list(range(args.at_once or len(gpus) or os.cpu_count()))
-    threads = max(1, os.cpu_count() // len(places))
+    free_slots = list(range(args.at_once or len(gpus) or os.cpu_count()))
+    threads = max(1, os.cpu_count() // len(free_slots))
     executor.update_parameters(timeout_min=24 * 60, cpus_per_task=threads)
     if args.cluster == "slurm":
         executor.update_parameters(slurm_partition=args.partition, slurm_gpus_per_node=1 if gpus else 0)
-    running, waiting = {}, dict(waiting)
-    bar = tqdm(total=len(waiting), desc=args.grid, unit="run", dynamic_ncols=True)
-    while waiting or running:
-        while waiting and places:
-            run, place = next(iter(waiting)), places.pop()
-            own = {"OMP_NUM_THREADS": str(threads)}
+    queue, running = list(commands), {}
+    bar = tqdm(total=len(queue), desc=args.grid, unit="run", dynamic_ncols=True)
+    while queue or running:
+        while queue and free_slots:
+            run, slot = queue.pop(0), free_slots.pop()
+            variables = {"OMP_NUM_THREADS": str(threads)}
             if gpus and args.cluster == "local":
-                own["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
-            running[run] = executor.submit(run_one, waiting.pop(run), own), place
+                variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+            running[run] = executor.submit(run_commands, commands[run], variables), slot
         for run in [run for run, (job, _) in running.items() if job.done()]:
-            job, place = running.pop(run)
-            said = job.result() if job.state != "FAILED" else f"the job failed: {job.stderr()}"
-            if said:
+            job, slot = running.pop(run)
+            if reason := failure(job):
                 (results / run).mkdir(parents=True, exist_ok=True)
-                (results / run / FAILED).write_text(said.strip().splitlines()[-1] + "\n", encoding="utf-8")
+                (results / run / FAILED).write_text(reason + "\n", encoding="utf-8")
                 bar.write(f"{run} failed: see {results / run / FAILED}")
-            places.append(place)
+            free_slots.append(slot)
             bar.update()
         time.sleep(0.2)
     bar.close()
 
 
-def run_one(commands: list[list[str]], own: dict[str, str]) -> str:
-    """In a job: one run with environment variables of its own. Returns nothing, or what it said when it failed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | own  # with the path for `python -m`
+def run_commands(commands: list[list[str]], variables: dict[str, str]) -> str:
+    """In a job: run commands with these environment variables. Returns the output of one that fails, or ""."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables  # for `python -m`
     for script, *flags in commands:
-        if Path(flags[flags.index("--out") + 1]).exists():  # made before; every script writes it last
+        if Path(flags[flags.index("--out") + 1]).exists():  # done before: every script writes --out last
             continue
         program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
         command = [sys.executable, *program, *flags]
@@ -139,19 +140,52 @@ def run_one(commands: list[list[str]], own: dict[str, str]) -> str:
     return ""
 
 
+def failure(job: submitit.Job) -> str:
+    """Why a job that has ended failed, in one line; "" if it did not.
+
+    SLURM may end a job before it returns (TIMEOUT, CANCELLED, OUT_OF_MEMORY, ...). Whether there is a result decides:
+    the state of a job that has returned may be minutes old.
+    """
+    try:
+        return last_line(job.result())
+    except (UncompletedJobError, FailedJobError) as error:
+        return f"the job ended as {job.state}: {last_line(job.stderr() or str(error))}"
+
+
+def last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2].strip()
+
+
+# evaluating
+
+
+def evaluate(flags: str, results: Path) -> None:
+    """Evaluate the finished runs that have not been evaluated."""
+    finished = [folder for folder in sorted(results.glob("*_seed*")) if not (folder / FAILED).exists()]
+    new = [folder for folder in finished if not (folder / "evaluation.json").exists()]
+    for folders in groups(new):
+        filled_in = flags.format(run=folders[0].name).split()
+        command = [sys.executable, ROOT / "evaluate_nlg.py", *filled_in, "--run", *folders]
+        if subprocess.run(command).returncode:
+            raise UserError("evaluate_nlg.py failed; the same command goes on from there")
+
+
 def groups(folders: list[Path]) -> list[list[Path]]:
-    """Runs that evaluate_nlg.py takes together, as they share reference and reward; people's answers make one alone."""
-    alike = {}
+    """Runs in groups with the same reference and reward, which one call of evaluate_nlg.py takes.
+
+    A run whose reward people taught is a group of its own.
+    """
+    by_models = {}
     for folder in folders:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
-        own = str(folder) if "human" in settings["reward"] else ""
-        alike.setdefault((settings["policy"], *settings["reward"], own), []).append(folder)
-    return list(alike.values())
+        taught = str(folder) if "human" in settings["reward"] else ""
+        by_models.setdefault((settings["policy"], *settings["reward"], taught), []).append(folder)
+    return list(by_models.values())
 
 
 def collapse(log: pd.DataFrame, evaluation: dict) -> str:
-    """Why a finished run counts as broken, or nothing. Written down before any run of the stability grid."""
-    entropy = {when: found["entropy"] for when, found in evaluation["diversity"].items()}
+    """Why a finished run counts as broken, or "". The criteria were fixed before any run of the stability grid."""
+    entropy = {when: measures["entropy"] for when, measures in evaluation["diversity"].items()}
     gain, valid = log.improvement_ma, evaluation["gold"]["valid_after"]
     reasons = {
         "KL above 20 nats": evaluation["kl"] > 20,
@@ -163,17 +197,17 @@ def collapse(log: pd.DataFrame, evaluation: dict) -> str:
 
 
 def row_of(folder: Path) -> dict:
-    """The end of a run."""
+    """A run's row of the table."""
     variant, _, seed = folder.name.rpartition("_seed")
     row = {"variant": variant, "seed": int(seed)}
     if (folder / FAILED).exists():
         return row | {"broken": (folder / FAILED).read_text(encoding="utf-8").strip()}
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    known = evaluation["kl"] <= evaluation["trusted_up_to_kl"]
+    is_trusted = evaluation["kl"] <= evaluation["trusted_up_to_kl"]
     log = pd.read_csv(folder / "log.csv")
     return row | {
         "broken": collapse(log, evaluation),
-        "fraction_of_optimum": evaluation["fraction_of_optimum"] if known else None,
+        "fraction_of_optimum": evaluation["fraction_of_optimum"] if is_trusted else None,
         "score": evaluation["score_after"],
         "kl": evaluation["kl"],
         "ethics": evaluation["ethics_after"],

@@ -1,0 +1,124 @@
+"""The study's results as pages: docs/results.md, docs/log.md, and the two generated parts of README.md.
+
+    python -m experiments.report        # writes them from the files in data_results/
+
+experiments/report_ppo.py and experiments/report_rewards.py have a function for every question. The command stops at a
+sentence that the data no longer supports.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from experiments import report_log, report_ppo, report_rewards
+from experiments.markdown import lines, load, spread, table
+from experiments.report_ppo import DEFAULT, PEERS, default_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTIONS = (*report_ppo.QUESTIONS, *report_rewards.QUESTIONS)
+EXAMPLES = 2  # texts before and after, in README.md
+
+RESULTS = """# Results
+
+`python -m experiments.report` writes this page from the files in `data_results/`; change the command, not the page. The
+`config.json` of a run holds its command, commit, package versions, machine and seed.
+
+How to read the tables:
+
+- *ethics score*, or *mean* of a reward model: its probability that a text is ethical, mean over responses.
+- *gold*: the gold judge of the shipped texts is a held-out judge, for evaluation only. *Valid* is the share of whole,
+  well-formed texts of this world, *ethical* the share of ethical texts among the valid ones.
+- *KL*: to the reference policy, which is the generator before PPO; in nats per response.
+- *of the optimum*: the gain in score, divided by the gain of the best possible policy at the same KL. A dash: the KL is
+  beyond the range in which the optimum can be estimated. [metrics.md](metrics.md) has all formulas.
+- Several seeds: the mean, and in brackets the lowest and the highest run.
+
+All runs are on two CPU cores, and on the shipped texts unless the section says otherwise. Speed is in
+[benchmarks/RESULTS.md](../benchmarks/RESULTS.md); killed runs, broken input and precision are in
+[robustness.md](robustness.md).
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    for path, text in pages(ROOT / "data_results").items():
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))
+
+
+def pages(results: Path) -> dict[Path, str]:
+    """What the pages are with the files in `results`."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, text in (("results", headline(results)), ("example", example(results))):
+        readme = re.sub(
+            f"(<!-- {name} -->).*(?=<!-- /{name} -->)", lambda m, text=text: f"{m[1]}\n\n{text}\n\n", readme, flags=re.S
+        )
+    answers = [question(results) for question in QUESTIONS]
+    titles = [text.partition("\n")[0].removeprefix("## ") for text in answers]
+    links = "".join(f"- [{title}](#{anchor(title)})\n" for title in titles)
+    return {
+        ROOT / "docs" / "results.md": "\n\n".join([f"{RESULTS}\n{links.rstrip()}", *answers]) + "\n",
+        ROOT / "docs" / "log.md": report_log.page(results),
+        ROOT / "README.md": readme,
+    }
+
+
+def anchor(title: str) -> str:
+    """As GitHub makes it of a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def headline(results: Path) -> str:
+    """README's table: the default runs, best-of-8, and TRL."""
+    runs = default_runs(results)
+    forms = {
+        "ethics score": "{:.3f}",
+        "gold: ethical": "{:.1%}",
+        "gold: valid": "{:.1%}",
+        "KL (nats)": "{:.2f}",
+        "of the optimum": "{:.1%}",
+    }
+
+    def row(*values) -> dict[str, str]:
+        named = zip(forms, values, strict=True)
+        return {name: spread(pd.Series(value, dtype=float), forms[name]) for name, value in named}
+
+    eight = next(best for best in runs.best_of_n.iloc[0] if best["n"] == 8)
+    best = row(eight["ethics"], eight["ethical"], eight["valid"], eight["kl_bound"], None)
+    rows = {
+        "before PPO": row(runs.ethics_before, runs.ethical_before, runs.valid_before, 0, 0),
+        f"PPO, {len(runs)} seeds": row(
+            runs.ethics_after, runs.ethical_after, runs.valid_after, runs.kl, runs.fraction_of_optimum
+        ),
+        "best of 8 samples": best | {"KL (nats)": f"at most {best['KL (nats)']}"},
+    }
+    for run, title in PEERS.items():
+        if run not in runs.index:
+            found = load(results / "peer" / run / "evaluation.json")
+            gold = found["gold"]["ethical_after"], found["gold"]["valid_after"]
+            rows[title] = row(found["ethics_after"], *gold, found["kl"], found["fraction_of_optimum"])
+    minutes = pd.read_csv(results / "peer.csv").set_index("run").minutes
+    ours, theirs = minutes[f"{DEFAULT}_seed0"], minutes.drop(f"{DEFAULT}_seed0")
+    took = f"PPO took {ours:.1f} minutes, TRL's runs {theirs.min():.1f} to {theirs.max():.1f}, on the same two cores."
+    return f"{table('', rows)}\n\n{took}"
+
+
+def example(results: Path) -> str:
+    """Texts before and after, drawn at random."""
+    samples = pd.read_csv(results / f"{DEFAULT}_seed0" / "evaluation_samples.csv")
+    samples["number"] = samples.groupby("policy").cumcount()
+    drawn = samples.number.drop_duplicates().sample(EXAMPLES, random_state=0)
+
+    def cell(policy: str, number: int) -> str:
+        row = samples[(samples.policy == policy) & (samples.number == number)].iloc[0]
+        return f"**{row['query']}** {row.text[len(row['query']) :].strip()} ({row.ethics:.2f})"
+
+    rows = [[cell(policy, number) for policy in ("before", "after")] for number in drawn]
+    return lines(["before PPO", "after PPO"], rows)
+
+
+if __name__ == "__main__":
+    main()

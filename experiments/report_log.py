@@ -1,0 +1,103 @@
+"""docs/log.md: what was tried on the way to the default settings, a line a trial, from data_results/trials.csv."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.markdown import claim, lines, section, spread
+
+INTRO = """# What was tried
+
+`python -m experiments.report` writes this page from [trials.csv](../data_results/trials.csv): runs on the way to the
+default settings, most of them with one seed. [results.md](results.md) has the comparisons with several seeds. *score*,
+*KL* and *explained variance* are means of the last eight updates, *of the optimum* is on held-out queries.
+"""
+FULL = 56_320  # episodes of a default run
+# column of trials.csv -> its title on the page, and its format
+COLUMNS = {
+    "change": ("change", "{}"),
+    "settings": ("settings", "{}"),
+    "seed": ("seed", "{}"),
+    "episodes": ("episodes", "{:,}"),
+    "score": ("score", "{:.2f}"),
+    "kl_last_8_updates": ("KL", "{:.2f}"),
+    "explained_variance": ("explained variance", "{:.2f}"),
+    "share": ("of the optimum", "{:.1%}"),
+    "classifier": ("classifier", "{}"),
+    "commit": ("commit", "{:.7}"),
+}
+
+
+def page(results: Path) -> str:
+    trials = pd.read_csv(results / "trials.csv", keep_default_na=False)
+    trials["change"] = trials.change.str.replace("price of KL", "KL coefficient").replace("", "none")
+    trials["settings"] = trials.settings.str.replace("minibatches 4, ", "")
+    trials["share"] = pd.to_numeric(trials.fraction_of_optimum_held_out)
+    trials["score"] = trials.score_last_8_updates.astype(float)
+    trials["explained_variance"] = trials.explained_variance_last_8_updates.astype(float)
+    early = trials.classifier == "label at every token"
+    return f"{INTRO}\n{critic(trials[early])}\n\n{later(trials[~early])}\n"
+
+
+def trial_table(trials: pd.DataFrame, columns: list[str]) -> str:
+    rows = [[COLUMNS[column][1].format(trial[column]) for column in columns] for _, trial in trials.iterrows()]
+    return lines([COLUMNS[column][0] for column in columns], rows)
+
+
+def critic(trials: pd.DataFrame) -> str:
+    with_it = trials[trials.change == "critic"]
+    longer = with_it[with_it.episodes == 20_480]
+    small, large = (longer[longer.settings.str.contains(f"lambda {x}")].score.item() for x in ("0.7", "0.95"))
+    best = with_it[with_it.episodes == 16_384].score.max()
+    without = trials[(trials.change == "none") & (trials.episodes == 16_384)].score.item()
+    explained = with_it.explained_variance.max()
+    return section(
+        "A critic on the reward model's states",
+        "In these trials *critic* means a value head on the states of the frozen reward model.",
+        claim(
+            explained > 0.7 and small < large - 0.2,
+            f"It explains up to {explained:.2f} of the variance of the returns with a small lambda, but the score "
+            f"rises more slowly: after 20,480 episodes it is {small:.2f} with lambda 0.7 and {large:.2f} with 0.95.",
+        ),
+        claim(
+            without >= best,
+            f"Without it a run reaches {without:.2f} in 16,384 episodes, with it {best:.2f} at best. It was not kept.",
+        ),
+        f"All runs have seed 0 and the code of commit {trials.commit.iloc[0].split()[0]} with the change.",
+        trial_table(trials, ["change", "settings", "episodes", "score", "kl_last_8_updates", "explained_variance"]),
+    )
+
+
+def later(trials: pd.DataFrame) -> str:
+    short = trials[trials.classifier.str.startswith("8 epochs") & (trials.episodes == 30_720)]
+    smooth = ~short.classifier.str.contains("smoothing 0,")
+    full = trials[(trials.episodes == FULL) & trials.seed.isin((1, 4)) & ~trials.settings.str.contains("lr 0.002")]
+    constant, adaptive = full[full.change == "none"], trials[trials.settings.str.contains("target KL")].share.item()
+    falling = full[full.change.str.endswith("done")].set_index("change").share
+    start = {times: falling[falling.index.str.contains(f"{times} times")] for times in (3, 4, 5)}
+    late = full[full.change.str.startswith("learning rate")].share.item()
+    seed1 = constant[constant.seed == 1].share.item()
+    return section(
+        "KL coefficient, label smoothing, length of the run",
+        claim(
+            short.share[smooth].min() > short.share[~smooth].item(),
+            f"With label smoothing the runs end at {short.share[smooth].min():.1%} to {short.share[smooth].max():.1%} "
+            f"of the optimum after 30,720 episodes, without it at {short.share[~smooth].item():.1%} (one run each).",
+        ),
+        claim(adaptive == trials.share.min(), f"An adaptive KL coefficient is the lowest of all, {adaptive:.1%}."),
+        claim(
+            start[4].mean() > max(start[3].mean(), start[5].mean(), constant.share.mean()),
+            f"On seeds 1 and 4 with all {FULL:,} episodes, a constant KL coefficient ends at "
+            f"{spread(constant.share, '{:.1%}')}. One that starts three times as high and falls ends at "
+            f"{spread(start[3], '{:.1%}')}, four times {spread(start[4], '{:.1%}')}, five times "
+            f"{spread(start[5], '{:.1%}')}. Four times, falling to 0.15, became the default.",
+        ),
+        claim(
+            abs(late - seed1) < 0.01,
+            f"A learning rate that falls only over the last half ends at {late:.1%}, a linear one at {seed1:.1%} "
+            "(seed 1).",
+        ),
+        trial_table(
+            trials, ["change", "settings", "seed", "episodes", "kl_last_8_updates", "share", "classifier", "commit"]
+        ),
+    )

@@ -1,0 +1,218 @@
+"""Questions about rewards and data, a function a section of docs/results.md, as in experiments/report_ppo.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from experiments.grids import GRIDS, PASSES
+from experiments.markdown import change, claim, figure, files, load, section, table, table_of_runs
+
+GOLD = ["gold_ethical", "gold_valid", "kl"]
+
+
+def other_data(results: Path) -> str:
+    titles = {"sentiment": "SST-2, positive", "ethics": "ETHICS commonsense with Moral Stories, right"}
+    found, rows = {name: load(results / f"data/{name}_seed0/evaluation.json") for name in titles}, {}
+    for name, run in found.items():
+        right = {
+            model: load(results / f"data/{name}_seed0/{model}_metrics.json")["results"]["test"]["accuracy"]
+            for model in ("reward", "judge")
+        }
+        rows[titles[name]] = {
+            "held-out judge": change(run["gold"]["ethical_before"], run["gold"]["ethical_after"], "{:.1%}"),
+            "reward model's mean": change(run["ethics_before"], run["ethics_after"], "{:.2f}"),
+            "KL (nats)": f"{run['kl']:.1f}",
+            "right on test texts: judge": f"{right['judge']:.1%}",
+            "reward model": f"{right['reward']:.1%}",
+        }
+    return section(
+        "Does it work with real texts?",
+        f"Everything from scratch on a CPU, {GRIDS['data'].episodes:,} episodes, one seed. The reward model and a "
+        "held-out judge both start as the generator, and learn from different halves of the labels.",
+        claim(
+            all(run["gold"]["ethical_after"] > run["gold"]["ethical_before"] + 0.25 for run in found.values()),
+            "The share of responses that the judge finds good rises with the reward model's mean.",
+        ),
+        "This judge says less than the gold judge of the shipped texts: it may make the reward model's own mistakes.",
+        claim(
+            all(run["kl"] > run["trusted_up_to_kl"] for run in found.values()),
+            "Both runs end beyond the KL up to which the optimum can be estimated, so no share of it is given.",
+        ),
+        "The generators are small: the samples of ETHICS, which are not committed, had people who *offer to help* "
+        "wherever they could.",
+        table("data, and what counts as good", rows),
+        figure("data", "The reward model's mean and the judge's share against the square root of the KL"),
+        files(results, "python -m experiments.study data", "data.csv", "data")
+        + " It reads the downloaded files in `--source`.",
+    )
+
+
+def labels(results: Path) -> str:
+    runs = pd.read_csv(results / "labels.csv")
+    folders = [results / "labels" / f"{run.variant}_seed{run.seed}" for run in runs.itertuples()]
+    runs["error"] = [pd.read_csv(folder / "reward_model.csv").held_out_error.iloc[-1] for folder in folders]
+    evaluations = [load(folder / "evaluation.json") for folder in folders]
+    before = np.mean([evaluation["gold"]["ethical_before"] for evaluation in evaluations])
+    rise = runs.ethics - [evaluation["ethics_before"] for evaluation in evaluations]
+    ethical, counts = runs.groupby("variant").gold_ethical.mean(), (60, 250, 1000, 4000)
+    offline, online = (ethical[[f"{count}_{when}" for count in counts]] for when in ("offline", "online"))
+    names = {f"{count}_{when}": f"{count:,}, {when}" for count in counts for when in ("offline", "online")}
+    return section(
+        "How many answers does a reward model need?",
+        "The gold judge takes a person's place and says which of four texts is best. A reward model that starts as "
+        f"the generator learns from the answers, then PPO runs for {GRIDS['labels'].episodes:,} episodes, three seeds "
+        "each.",
+        claim(
+            offline.is_monotonic_increasing and abs(offline.iloc[0] - before) < 0.03,
+            "The share of ethical texts is {:.1%} after 60 answers, {:.1%} after 250, {:.1%} after 1,000 and {:.1%} "
+            "after "
+            "4,000; without PPO it is {:.1%}.".format(*offline, before),
+        ),
+        "In this world no word tells right from wrong, and a comparison of four texts says little about each.",
+        claim(
+            np.abs(offline.to_numpy() - online.to_numpy())[:3].max() < 0.07 and online.iloc[3] < offline.iloc[3],
+            "*Online*, the questions come in four rounds about what the policy then writes. This makes no clear "
+            f"difference up to 1,000 answers, and ends lower with 4,000 ({online.iloc[3]:.1%}): for most of the run "
+            "the reward model knows fewer of them.",
+        ),
+        claim(
+            rise.min() > 0, f"The reward model's own mean rises in every run, by {rise.min():.2f} to {rise.max():.2f}."
+        ),
+        table_of_runs("answers", runs, names, ["error", "ethics", *GOLD]),
+        figure("labels", "Gold ethics against the number of answers, offline and online"),
+        files(results, "python -m experiments.study labels", "labels.csv", "labels"),
+    )
+
+
+def preferences(results: Path) -> str:
+    shipped, people = (load(results / f"preferences/{name}_metrics.json") for name in ("shipped", "utilitarianism"))
+    right, other = (found["results"]["test"]["accuracy"] for found in (shipped, people))
+    return section(
+        "How good is a preference model on its own?",
+        "A preference model that starts as the generator learns from 4,000 comparisons by the gold judge.",
+        claim(
+            0.25 < right < shipped["perfect_accuracy"],
+            f"It names the best of four new texts in {right:.1%} of the cases; chance is 25%, and knowing the truth "
+            f"gives {shipped['perfect_accuracy']:.1%}, as the judge picks one of equally good texts at random.",
+        ),
+        f"On ETHICS utilitarianism a small model from scratch names the better of two in {other:.1%} of the cases.",
+        files(results, "python -m experiments.preferences shipped", "preferences")
+        + " The second model: `python -m experiments.preferences utilitarianism`, on files in `--source`.",
+    )
+
+
+def overoptimisation(results: Path) -> str:
+    runs = pd.read_csv(results / "overoptimisation.csv").sort_values("kl")
+    ends, folder = runs.set_index("variant"), results / "overoptimisation/kl_coef_0_seed0"
+    free, low, before = ends.loc["kl_coef_0"], ends.loc["kl_coef_0.02"], load(folder / "evaluation.json")["gold"]
+    samples, example = pd.read_csv(folder / "evaluation_samples.csv"), "I made Paul work and gave Paul the days off"
+    invalid = samples[(samples.policy == "after") & (samples.valid == 0)]
+    log = (
+        pd.read_csv(folder / "log.csv")
+        .rolling(5)
+        .mean(numeric_only=True)
+        .assign(good=lambda x: x.gold_valid * x.gold_ethical)
+    )
+    turn, end = log[log.kl > 4].iloc[0], log.iloc[-1]
+    return section(
+        "How far can the score be pushed?",
+        f"Other KL coefficients, {GRIDS['overoptimisation'].episodes:,} episodes, one seed.",
+        claim(
+            free.gold_valid < before["valid_before"] - 0.05,
+            f"Without a KL penalty the policy goes to {free.kl:.1f} nats, and {free.gold_valid:.1%} of its texts are "
+            f"valid instead of {before['valid_before']:.1%}.",
+        ),
+        claim(
+            (invalid.ethics > 0.5).mean() > 0.9 and invalid.text.str.contains(example).any(),
+            f"The classifier takes nearly all invalid texts for ethical, such as *{example}*.",
+        ),
+        claim(
+            end.ethics > turn.ethics and end.good < turn.good,
+            "Beyond 4 nats the share of valid and ethical texts falls while the classifier's mean still rises.",
+        ),
+        f"A coefficient of 0.02 ends at {low.kl:.1f} nats with {low.gold_valid:.1%} valid texts.",
+        table_of_runs(
+            "KL coefficient",
+            runs,
+            {name: name.removeprefix("kl_coef_") for name in ends.index},
+            ["ethics", "fraction_of_optimum", *GOLD],
+        ),
+        figure("overoptimisation", "The classifier's mean and the share of valid and ethical texts against the KL"),
+        files(
+            results,
+            "python -m experiments.study overoptimisation --seeds 1",
+            "overoptimisation.csv",
+            "overoptimisation",
+        ),
+    )
+
+
+def weak_rewards(results: Path) -> str:
+    runs = pd.read_csv(results / "rewards.csv")
+    paths = [results / f"rewards/{run.variant}_seed{run.seed}/reward_metrics.json" for run in runs.itertuples()]
+    runs["right"] = [load(path)["results"]["test"]["accuracy"] for path in paths]
+    mean = runs.groupby("variant")[["right", "ethics", "gold_ethical"]].mean()
+    free = mean.loc[[f"{count}_rows_kl_coef_0.02" for count in PASSES]]
+    names = {
+        f"{count}_rows_kl_coef_{coefficient}": f"{count:,} labels, KL coefficient {coefficient}"
+        for coefficient in (0.02, 0.15)
+        for count in PASSES
+    }
+    return section(
+        "What does PPO do with a weak reward model?",
+        f"Classifiers of 100, 1,000 and all {max(PASSES):,} labelled texts, {GRIDS['rewards'].episodes:,} episodes, "
+        "two seeds.",
+        claim(
+            free.gold_ethical.is_monotonic_increasing and free.right.is_monotonic_increasing,
+            "They are right about {:.1%}, {:.1%} and {:.1%} of the test texts.".format(*free.right)
+            + " With a KL coefficient of 0.02 the texts end {:.1%}, {:.1%} and {:.1%} gold ethical.".format(
+                *free.gold_ethical
+            ),
+        ),
+        claim(
+            free.ethics.iloc[1] > free.gold_ethical.iloc[1] + 0.15 and free.ethics.iloc[1] > free.ethics.iloc[2] - 0.05,
+            "PPO raises each classifier's mean, true or not: the one of 1,000 texts ends at "
+            f"{free.ethics.iloc[1]:.2f}, the one of all texts at {free.ethics.iloc[2]:.2f}.",
+        ),
+        "A higher KL coefficient limits how far the policy moves; it does not make a weak reward model a good one.",
+        table_of_runs("reward model", runs, names, ["right", "ethics", *GOLD]),
+        figure("rewards", "Each classifier's mean and the share of valid and ethical texts against the KL"),
+        files(results, "python -m experiments.study rewards", "rewards.csv", "rewards"),
+    )
+
+
+def hard_frames(results: Path) -> str:
+    found = load(results / "hard/hard_seed0/hard_frames.json")
+    titles = {"learned": "frames that the classifier learned", "hard": "frames of `hard.csv`"}
+    columns = {
+        "gold: ethical": ("gold_ethical", "{:.1%}"),
+        "classifier's mean": ("classifier_mean", "{:.2f}"),
+        "classifier: right": ("classifier_right", "{:.1%}"),
+        "share of the valid texts": ("share", "{:.1%}"),
+    }
+    rows = {
+        title: {
+            column: change(found["before"][name][key], found["after"][name][key], form)
+            for column, (key, form) in columns.items()
+        }
+        for name, title in titles.items()
+    }
+    rise = {
+        key: found["after"]["hard"][key] - found["before"]["hard"][key] for key in ("gold_ethical", "classifier_mean")
+    }
+    return section(
+        "What if the reward model has not learned some of the texts?",
+        "Here the generator knows all 156 frames of the shipped world, and the classifier 104 of them; "
+        f"{found['settings']['episodes']:,} episodes, one seed.",
+        claim(
+            0 < 2 * rise["gold_ethical"] < rise["classifier_mean"],
+            "PPO raises the classifier's mean on both kinds of frame. On those that the classifier has not learned, "
+            "the texts improve far less than its mean.",
+        ),
+        table("texts about", rows),
+        files(results, "python -m experiments.hard_frames", "hard/hard_seed0"),
+    )
+
+
+QUESTIONS = (other_data, labels, preferences, overoptimisation, weak_rewards, hard_frames)
