@@ -8,6 +8,7 @@ trained: data, reference, reward, temperature, lengths and the score's calibrati
 fig_frontier_K<K>_lr_<lr>.png beside it. All queries are ones that training never saw.
 """
 
+import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import json
 import random
@@ -142,7 +143,10 @@ def save(run: Path, trained: argparse.Namespace, evaluation: dict, before: pd.Da
         f"\n{run}: KL {evaluation['kl']:.2f} nats a response; {evaluation['fraction_of_optimum']:.1%} of the gain "
         f"that was possible at it (95% interval over queries {low:.1%} to {high:.1%})"
     )
-    print(table(evaluation).to_string(float_format="%.3f"))
+    print(table(evaluation).to_string(float_format="%.3f", na_rep="-"))
+    worst = evaluation["worst_query"]
+    valid = "" if np.isnan(worst["valid"]) else f", {worst['valid']:.0%} valid"
+    print(f"worst query: {worst['query']!r}, KL {worst['kl']:.2f} nats{valid}, ethics {worst['ethics']:.2f}")
     print(f"saved to {run / 'evaluation.json'}" + (f"; figure: {figure}" if figure else ""))
 
 
@@ -265,7 +269,15 @@ def compared(before: pd.DataFrame, after: pd.DataFrame, texts: list[str]) -> dic
         "perplexity_under_reference": np.exp(after.reference_nats.sum() / after.length.sum()),
         "perplexity_under_reference_before": np.exp(before.reference_nats.sum() / before.length.sum()),
         "diversity": {when: diversity(rows, texts) for when, rows in answers.items()},
+        "worst_query": worst_query(after),
     }
+
+
+def worst_query(answers: pd.DataFrame) -> dict[str, str | float]:
+    """The query whose responses have the largest mean KL; "valid" is NaN where nobody knows."""
+    by_query = answers.groupby("query", sort=False)[["kl", "valid", "ethics"]].mean()
+    query = by_query.kl.idxmax()
+    return {"query": query} | {name: float(x) for name, x in by_query.loc[query].items()}
 
 
 def diversity(answers: pd.DataFrame, texts: list[str]) -> dict[str, float]:

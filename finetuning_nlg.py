@@ -10,6 +10,7 @@ to data_results/<run>/ config.json, log.csv, samples.csv; the figure data_result
 with these settings.
 """
 
+import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import copy
 from pathlib import Path
@@ -18,7 +19,21 @@ import pandas as pd
 import torch
 
 import ppo
-from rlhf import checkpoint, cli, data, distributed, gold, model_card, models, optim, plots, precision, rewards, runtime
+from rlhf import (
+    checkpoint,
+    cli,
+    data,
+    distributed,
+    gold,
+    model_card,
+    models,
+    optim,
+    plots,
+    precision,
+    recipes,
+    rewards,
+    runtime,
+)
 from rlhf.errors import UserError
 from rlhf.human import annotator, feedback, page, questions, reward_model, terminal
 from rlhf.policy import PolicyWithValue
@@ -49,6 +64,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_machine_flags(parser)
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
+    recipes.fill(args, recipes.PPO, args.policy)
     if args.batch_size % args.minibatches:
         raise UserError(f"--batch-size {args.batch_size} cannot be divided into --minibatches {args.minibatches}")
     if args.leave_one_out and args.answers < 2:
@@ -124,6 +140,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
             write_config(args, reward, log.folder, runtime.provenance(device, dtype))
 
     runtime.print_device(device, dtype)
+    print(recipes.summary(args, recipes.PPO, args.policy))
     for update in log.updates():
         if human and human.is_due(update):
             checkpoints.after_step(update - 1, state, now=True)  # people may take their time

@@ -10,7 +10,9 @@ query,sample0,...,sampleN,best, from which a model with one output learns ([1], 
 of the epoch with the fewest errors on the validation rows, the tokenizer, a model card and metrics.json.
 """
 
+import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,12 @@ from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import checkpoint, cli, data, model_card, models, precision, rewards, runtime, supervised
+from rlhf import checkpoint, cli, data, model_card, models, precision, recipes, rewards, runtime, supervised
 from rlhf.data import Choices
 from rlhf.supervised import FitSettings
 
 LABELS = {0: "negative", 1: "positive"}
+LM_DATA = "data_nlg"  # unlabelled texts of the shipped world, for language modelling before its labels
 LM_STAGE, CHOICE_STAGE = "language modelling", "classifier"  # the two fits
 CALIBRATION_TEXTS = 8192  # candidates on which a preference model's scores have mean 0 and standard deviation 1
 BINS = 10  # of probabilities, for the calibration error
@@ -43,38 +46,34 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
     model.add_argument("--out", default="models/cls", help="folder to write")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=cli.COUNT, default=8, help="passes over the labelled texts")
+    recipe = functools.partial(recipes.described, recipes.CLASSIFIER)
+    training.add_argument("--epochs", type=cli.COUNT, help=recipe("epochs", "passes over the labelled texts"))
     training.add_argument(
         "--lm-epochs",
         type=cli.number(int, 0),
-        help="passes of language modelling before that (default: 3 for scratch, otherwise 0); "
-        "a small new model learns nothing about ethics from labels alone",
+        help="passes of language modelling before that (default: 3 for a new model, otherwise 0), since a small new "
+        "model learns nothing about ethics from labels alone",
     )
+    training.add_argument("--lm-data", help="texts for it, as --data of train_nlg.py (default: the labelled texts)")
     training.add_argument("--lm-lr", type=cli.POSITIVE, default=6e-3, help="peak learning rate of language modelling")
     training.add_argument("--batch-size", type=cli.COUNT, default=32, help="texts per step")
-    training.add_argument("--lr", type=cli.POSITIVE, default=1e-3, help="peak learning rate")
-    training.add_argument(
-        "--optimizer",
-        choices=("adamw", "muon"),
-        help="default: muon for scratch, where it is faster; otherwise adamw",
-    )
-    training.add_argument(
-        "--revisit",
-        type=cli.FRACTION,
-        help="fraction of the learned texts that a pass takes again (default: 0.1 for scratch, otherwise 1); "
-        "where labels have no noise, a small one leaves more time for the hard texts",
-    )
-    training.add_argument(
-        "--label-smoothing",
-        type=cli.FRACTION,
-        default=0.0,
-        help="fraction of every label that is spread evenly over all choices; it bounds the log-odds, "
-        "and so the score of a text",
-    )
+    training.add_argument("--lr", type=cli.POSITIVE, help=recipe("lr", "peak learning rate"))
+    training.add_argument("--optimizer", choices=("adamw", "muon"), help=recipe("optimizer", "muon is the faster"))
+    revisit_help = "fraction of the learned texts that a pass takes again; a small one leaves time for the hard texts"
+    training.add_argument("--revisit", type=cli.FRACTION, help=recipe("revisit", revisit_help))
+    smoothing_help = "fraction of every label that is spread over all choices; it bounds the log-odds, and so the score"
+    training.add_argument("--label-smoothing", type=cli.FRACTION, help=recipe("label_smoothing", smoothing_help))
     training.add_argument("--max-length", type=cli.COUNT, default=128, help="longest text in tokens; the rest is cut")
     cli.add_machine_flags(parser)
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
-    return parser.parse_args()
+    args = parser.parse_args()
+    recipes.fill(args, recipes.CLASSIFIER, args.model)
+    is_new = models.is_scratch(args.model)
+    if is_new and args.data == parser.get_default("data"):
+        args.lm_data = args.lm_data or LM_DATA
+    if args.lm_epochs is None:
+        args.lm_epochs = is_new * (1 if args.lm_data else 3)
+    return args
 
 
 def main() -> None:
@@ -97,23 +96,26 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
         seed=args.seed,
     )
     training = splits.pop("train")
+    labelled_texts = {"train": training.texts, "valid": splits["valid"].texts}
+    lm_texts = data.load_texts(args.lm_data) if args.lm_data else labelled_texts
 
     # model
-    from_scratch = models.is_scratch(args.model)
     compares = len(training.candidates[0]) > 1
-    model, tokenizer = load_model(args.model, training.texts, {0: "score"} if compares else LABELS)
+    all_texts = [*training.texts, *lm_texts["train"]] if args.lm_data else training.texts
+    model, tokenizer = load_model(args.model, all_texts, {0: "score"} if compares else LABELS)
     model.to(device)
     dtype = precision.choose(args.precision, device, model)
     runtime.print_device(device, dtype)
+    print(recipes.summary(args, recipes.CLASSIFIER, args.model))
     precision.set_precision(model, dtype)
     max_length = min(args.max_length, models.max_length(model, tokenizer))
     ids = supervised.encode(tokenizer, training.texts, max_length)
 
     # fit: language modelling, then labels or comparisons
-    lm_settings, choice_settings = fit_settings(args, from_scratch)
+    lm_settings, choice_settings = fit_settings(args)
     if lm_settings.epochs and checkpoints.stage != CHOICE_STAGE:
-        valid_ids = supervised.encode(tokenizer, splits["valid"].texts, max_length)
-        fit_language_model(model, ids, valid_ids, tokenizer.pad_token_id, lm_settings, device, checkpoints)
+        lm_ids = [supervised.encode(tokenizer, lm_texts[name], max_length) for name in ("train", "valid")]
+        fit_language_model(model, *lm_ids, tokenizer.pad_token_id, lm_settings, device, checkpoints)
     history = fit_choices(
         model, tokenizer, ids, training, splits["valid"], args.label_smoothing, choice_settings, device, checkpoints
     )
@@ -126,16 +128,13 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     save(args, model, tokenizer, record)
 
 
-def fit_settings(args: argparse.Namespace, from_scratch: bool) -> tuple[FitSettings, FitSettings]:
+def fit_settings(args: argparse.Namespace) -> tuple[FitSettings, FitSettings]:
     """The settings of language modelling, of 0 epochs if there is none, and of learning from labels or comparisons."""
-    lm_epochs, revisit, optimizer = (3, 0.1, "muon") if from_scratch else (0, 1.0, "adamw")  # the flags' defaults
-    lm_epochs = lm_epochs if args.lm_epochs is None else args.lm_epochs
-    revisit = revisit if args.revisit is None else args.revisit
-    shared = {"batch_size": args.batch_size, "muon": (args.optimizer or optimizer) == "muon", "seed": args.seed}
-    lm_settings = FitSettings(epochs=lm_epochs, lr=args.lm_lr, **shared)
+    shared = {"batch_size": args.batch_size, "muon": args.optimizer == "muon", "seed": args.seed}
+    lm_settings = FitSettings(epochs=args.lm_epochs, lr=args.lm_lr, **shared)
     # selected by error: a few texts that are wrong for sure raise the loss while others are still being learned
     choice_settings = FitSettings(
-        epochs=args.epochs, lr=args.lr, decay_fraction=0.3, revisit=revisit, select_by="error", **shared
+        epochs=args.epochs, lr=args.lr, decay_fraction=0.3, revisit=args.revisit, select_by="error", **shared
     )
     return lm_settings, choice_settings
 

@@ -7,15 +7,17 @@ Data: texts without labels, one per line or row. Writes to --out the weights of 
 loss, the tokenizer, a model card and metrics.json.
 """
 
+import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import copy
+import functools
 from pathlib import Path
 
 import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf import checkpoint, cli, data, gold, model_card, models, precision, runtime, supervised
+from rlhf import checkpoint, cli, data, gold, model_card, models, precision, recipes, runtime, supervised
 from rlhf.sampling import Sampling
 
 SHOWN = 5  # samples printed at each temperature
@@ -30,21 +32,20 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
     model.add_argument("--out", default="models/nlg", help="folder to write")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=cli.COUNT, default=4, help="passes over the training texts")
+    recipe = functools.partial(recipes.described, recipes.GENERATOR)
+    training.add_argument("--epochs", type=cli.COUNT, help=recipe("epochs", "passes over the training texts"))
     training.add_argument("--batch-size", type=cli.COUNT, default=32, help="texts per step")
-    training.add_argument("--lr", type=cli.POSITIVE, default=8e-3, help="peak learning rate")
-    training.add_argument(
-        "--optimizer",
-        choices=("adamw", "muon"),
-        help="default: muon for scratch, where it is faster; otherwise adamw",
-    )
+    training.add_argument("--lr", type=cli.POSITIVE, help=recipe("lr", "peak learning rate"))
+    training.add_argument("--optimizer", choices=("adamw", "muon"), help=recipe("optimizer", "muon is the faster"))
     training.add_argument("--max-length", type=cli.COUNT, default=128, help="longest text in tokens; the rest is cut")
     samples = parser.add_argument_group("samples for the report")
     samples.add_argument("--samples", type=cli.SAMPLE_COUNT, default=1024, help="how many to draw and judge")
     cli.add_sampling_flags(samples)
     cli.add_machine_flags(parser)
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
-    return parser.parse_args()
+    args = parser.parse_args()
+    recipes.fill(args, recipes.GENERATOR, args.model)
+    return args
 
 
 def main() -> None:
@@ -59,8 +60,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     texts = data.load_texts(args.data, args.data_config, args.data_revision, args.text_column)
 
     # model
-    from_scratch = models.is_scratch(args.model)
-    if from_scratch:
+    if models.is_scratch(args.model):
         tokenizer = models.scratch_tokenizer(texts["train"])
         model = AutoModelForCausalLM.from_config(models.scratch_config(tokenizer, args.model))
     else:
@@ -71,6 +71,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     model.to(device)
     dtype = precision.choose(args.precision, device, model)
     runtime.print_device(device, dtype)
+    print(recipes.summary(args, recipes.GENERATOR, args.model))
     precision.set_precision(model, dtype)
 
     # fit
@@ -78,7 +79,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
         epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,
-        muon=(args.optimizer or ("muon" if from_scratch else "adamw")) == "muon",
+        muon=args.optimizer == "muon",
         seed=args.seed,
     )
     history = fit(model, tokenizer, texts, args.max_length, settings, device, checkpoints)
@@ -138,7 +139,8 @@ def judge_samples(
 
 def save(args: argparse.Namespace, model, tokenizer, record: dict) -> None:
     """Print the results, and write the generator with its model card and the record, which --results gets too."""
-    results = pd.Series(record["results"], name="value").to_frame()
+    known = {name: value for name, value in record["results"].items() if value is not None}  # the judge may be silent
+    results = pd.Series(known, name="value").to_frame()
     print("\n" + results.to_string(float_format="%.4f"))
     sampling = Sampling(args.response_length, args.temperature, tokenizer.eos_token_id)
     model.generation_config = models.generation_config(tokenizer, sampling)

@@ -29,7 +29,7 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from tqdm import tqdm
 
 from experiments.grids import GRIDS
-from rlhf import cli, frontier, plots
+from rlhf import cli, frontier, openmp, plots
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 
@@ -110,7 +110,7 @@ def run_all(args: argparse.Namespace, commands: dict[str, list[list[str]]], resu
     while queue or running:
         while queue and free_slots:
             run, slot = queue.pop(0), free_slots.pop()
-            variables = {"OMP_NUM_THREADS": str(threads)}
+            variables = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": str(openmp.SPIN_COUNT)}
             if gpus and args.cluster == "local":
                 variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
             running[run] = executor.submit(run_commands, commands[run], variables), slot

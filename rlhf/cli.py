@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import math
 import re
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from rlhf import precision
+from rlhf import precision, recipes
 from rlhf.errors import Stopped, UserError
 
 
@@ -104,8 +105,8 @@ def add_gold_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gold",
         default="data_cls/scenarios.py:judge",
-        help="held-out judge, for evaluation only: FILE.py:FUNCTION, used where it knows the data, or the folder of a "
-        "second classifier",
+        help="held-out judge, for evaluation only: FILE.py:FUNCTION, used where it knows the data, the folder of a "
+        "second classifier, or none",
     )
 
 
@@ -124,6 +125,8 @@ def add_checkpoint_flags(group: argparse._ArgumentGroup, every: int) -> None:
 
 
 # of finetuning_nlg.py
+
+ppo_recipe = functools.partial(recipes.described, recipes.PPO)
 
 
 def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
@@ -152,13 +155,12 @@ def add_reward_flags(group: argparse._ArgumentGroup) -> None:
 
 def add_kl_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--kl-coef", type=number(float, 0), default=0.15, help="KL coefficient; the first one with --target-kl"
+        "--kl-coef", type=number(float, 0), help=ppo_recipe("kl_coef", "KL coefficient; with --target-kl the first one")
     )
     group.add_argument(
         "--kl-start",
         type=number(float, 1),
-        default=4.0,
-        help="factor of --kl-coef at the start, falling to 1 in the first half of the run; not with --target-kl",
+        help=ppo_recipe("kl_start", "factor of --kl-coef at the start, falling to 1 by half of the run"),
     )
     group.add_argument(
         "--kl",
@@ -172,20 +174,16 @@ def add_kl_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--episodes", type=COUNT, default=56_320, help="responses in all")
-    group.add_argument("--batch-size", type=COUNT, default=256, help="responses per update")
+    group.add_argument("--episodes", type=COUNT, help=ppo_recipe("episodes", "responses in all"))
+    group.add_argument("--batch-size", type=COUNT, help=ppo_recipe("batch_size", "responses per update"))
     group.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
     group.add_argument("--ppo-epochs", type=COUNT, default=1, help="K, passes over a batch")
-    group.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate, falling to 0")
-    group.add_argument(
-        "--optimizer",
-        choices=("muon", "adam"),
-        default="muon",
-        help="muon learns a small model faster; adam, at a third of the learning rate or less, is that of [3]",
-    )
+    group.add_argument("--lr", type=POSITIVE, help=ppo_recipe("lr", "learning rate, falling to 0"))
+    optimizer_help = "adam, with at most a third of muon's learning rate, is that of [3]"
+    group.add_argument("--optimizer", choices=("muon", "adam"), help=ppo_recipe("optimizer", optimizer_help))
     group.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
     group.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
-    group.add_argument("--value-coef", type=number(float, 0), default=0.1, help="weight of the value loss")
+    group.add_argument("--value-coef", type=number(float, 0), help=ppo_recipe("value_coef", "weight of the value loss"))
     group.add_argument(
         "--leave-one-out",
         action="store_true",

@@ -12,10 +12,10 @@ Judge = Callable[[list[str]], np.ndarray]  # texts -> [N, 2]: valid, ethical; 1 
 
 
 def load_judge(spec: str, texts: list[str], device: torch.device, precision_name: str) -> Judge | None:
-    """FILE.py:FUNCTION, or None where it does not know the data (most of these texts are invalid for it).
-
-    Or the folder of a classifier, whose "positive" is taken for ethical, and which cannot tell what is valid.
-    """
+    """spec: FILE.py:FUNCTION, used where it knows the data (finds most of these texts valid); the folder of a
+    classifier, whose "positive" is taken for ethical and which cannot tell what is valid; or none. None: no judge."""
+    if spec == "none":
+        return None
     if ".py:" not in spec:
         raw_score = rewards.frozen_model(*rewards.load_model(spec, "--gold"), device, precision_name)
 

@@ -98,6 +98,7 @@ def scratch_config(tokenizer, name: str = "scratch") -> PretrainedConfig:
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        from_scratch=True,  # for recipes.py; the models that are fine-tuned from this one inherit it
         **ARCHITECTURES[architecture],
         **({} if architecture == "gpt2" else {"intermediate_size": 4 * width}),
     )

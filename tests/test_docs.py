@@ -47,6 +47,7 @@ def fields(value, name: str = "") -> set[str]:
 
 def evaluation_fields() -> set[str]:
     written = json.loads((RUN / "evaluation.json").read_text(encoding="utf-8"))
+    written |= {"worst_query": dict.fromkeys(("query", "kl", "valid", "ethics"))}  # older files lack it
     return fields(written | runtime.provenance(torch.device("cpu")))
 
 

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 IN_THE_ROOT = {"train_cls.py", "train_nlg.py", "finetuning_nlg.py", "evaluate_nlg.py", "ppo.py"}
 SCRIPTS = sorted(IN_THE_ROOT - {"ppo.py"})
 LAYERS = [  # a module imports from the layers before its own only
-    "errors distributed precision muon frontier model_card",
+    "errors distributed precision muon frontier model_card openmp recipes",
     "runtime cli checkpoint fast_path plots",
     "policy data",
     "sampling optim",
@@ -102,7 +102,8 @@ import importlib, os, random, signal, sys
 import datasets, matplotlib, numpy, sklearn.metrics, torch, transformers
 
 def state():
-    environment = {name: x for name, x in os.environ.items() if not name.startswith("TORCHINDUCTOR")}  # torch's own
+    not_ours = "TORCHINDUCTOR", "GOMP_SPINCOUNT"  # but the latter is, and must be set before torch is loaded
+    environment = {name: x for name, x in os.environ.items() if not name.startswith(not_ours)}
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     seeds = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     messages = datasets.utils.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()

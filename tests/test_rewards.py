@@ -302,3 +302,7 @@ def test_a_second_classifier_may_be_the_gold_judge(chain, tmp_path):
     assert "--gold models/nowhere: there is no such folder" in refused(
         "finetuning_nlg", "--gold", "models/nowhere", cwd=home
     )
+
+
+def test_no_judge_if_the_user_wants_none():
+    assert gold.load_judge("none", ["a text"], torch.device("cpu"), "float32") is None

@@ -66,6 +66,9 @@ def test_evaluation(chain):
     assert {"distinct_1", "distinct_2", "self_bleu_within_a_query", "self_bleu_across_queries", "entropy"} == set(
         evaluation["diversity"]["after"]
     )
+    worst, samples = evaluation["worst_query"], pd.read_csv(folder / "evaluation_samples.csv")
+    assert set(worst) == {"query", "kl", "valid", "ethics"} and worst["query"] in set(samples["query"])
+    assert worst["kl"] >= evaluation["kl"]  # the mean of a query's responses, beside the mean of all
     low, high = evaluation["fraction_of_optimum_interval"]
     assert low <= high and evaluation["samples"] == 4 * 8
     assert (chain[0] / "data_results" / "fig_frontier_K1_lr_1e-3.png").stat().st_size > 10_000
@@ -207,9 +210,10 @@ def test_real_data_and_gpt2s_tokenizer(gpt2_folder, tmp_path):
     assert results["valid_at_0.7"] is None  # the gold judge knows nothing of these texts
     run(
         "finetuning_nlg", *TINY_RUN, *stories, "--stop", ".", "--stop-after", 4, "--response-length", 8,
-        "--query-length", 16, cwd=tmp_path,
+        "--query-length", 16, "--run", "K1_lr_1e-3_seed0", cwd=tmp_path,
     )  # fmt: skip
-    run("evaluate_nlg", *TINY_EVALUATION, cwd=tmp_path)
+    said = run("evaluate_nlg", *TINY_EVALUATION, cwd=tmp_path).stdout
+    assert "NaN" not in said and "worst query: " in said
     evaluation = json.loads((tmp_path / "data_results" / "K1_lr_1e-3_seed0" / "evaluation.json").read_text())
     assert evaluation["gold"]["valid_after"] is None
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "nlg_ppo")

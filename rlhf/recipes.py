@@ -1,0 +1,62 @@
+"""Default settings that depend on the model: what suits a small model from scratch destroys a pretrained one.
+
+A model that train_cls.py or train_nlg.py built from scratch knows it, in its configuration, and so do the models that
+were fine-tuned from it. Every other model counts as pretrained.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+FROM_SCRATCH, PRETRAINED = "from scratch", "pretrained"
+Recipe = dict[str, tuple[Any, Any]]  # flag -> its default from scratch, and for a pretrained model
+GENERATOR: Recipe = {"optimizer": ("muon", "adamw"), "lr": (8e-3, 5e-5), "epochs": (4, 2)}
+CLASSIFIER: Recipe = {
+    "optimizer": ("muon", "adamw"),
+    "lr": (1e-3, 2e-5),
+    "epochs": (12, 3),
+    "revisit": (0.1, 1.0),
+    "label_smoothing": (0.05, 0.0),
+}
+PPO: Recipe = {
+    "optimizer": ("muon", "adam"),
+    "lr": (1e-3, 3e-5),
+    "kl_coef": (0.15, 0.1),
+    "kl_start": (4.0, 1.0),
+    "value_coef": (0.1, 0.0),
+    "episodes": (56_320, 10_240),
+    "batch_size": (256, 128),
+}
+
+
+def kind_of(name: str) -> str:
+    """The kind of a model that a flag names: scratch..., a folder, or a hub name."""
+    if name.partition(":")[0] == "scratch":
+        return FROM_SCRATCH
+    config = Path(name) / "config.json"
+    try:
+        from_scratch = json.loads(config.read_text(encoding="utf-8")).get("from_scratch", False)
+    except (OSError, ValueError, AttributeError):  # loading the model says what is wrong with it
+        from_scratch = False
+    return FROM_SCRATCH if from_scratch else PRETRAINED
+
+
+def fill(args: argparse.Namespace, recipe: Recipe, name: str) -> None:
+    """Give every flag of the recipe that the user did not set its default for the model `name`."""
+    is_pretrained = kind_of(name) == PRETRAINED
+    for flag, defaults in recipe.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, defaults[is_pretrained])
+
+
+def summary(args: argparse.Namespace, recipe: Recipe, name: str) -> str:
+    """What a run says of its settings that depend on the model `name`."""
+    values = ", ".join(f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag in recipe)
+    return f"settings for a model {'that is ' if kind_of(name) == PRETRAINED else ''}{kind_of(name)}: {values}"
+
+
+def described(recipe: Recipe, flag: str, text: str) -> str:
+    """The --help text of a flag of the recipe, with both defaults."""
+    from_scratch, pretrained = recipe[flag]
+    return f"{text} (default: {from_scratch} from scratch, {pretrained} pretrained)"

