@@ -7,7 +7,7 @@ A lower bound helps beside a busy process and costs time on a quiet machine (ben
 
 import os
 
-SPIN_COUNT = 5000  # turns of the waiting loop
+SPIN_COUNT = 10_000  # turns of the waiting loop
 
 if not any(name.startswith(("OMP_", "GOMP_")) for name in os.environ):  # the user knows better
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
