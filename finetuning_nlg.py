@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: checkpoint.Checkpoints) -> None:
-    updates, episodes = args.episodes // args.batch_size, args.batch_size
+    updates = args.episodes // args.batch_size
 
     # data and models
     texts = data.load_texts(args.data, args.data_config, args.data_revision, args.text_column)["valid"]
@@ -108,7 +108,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     log = RunLog(
         Path(args.results) / args.run,
         updates,
-        episodes,
+        args.batch_size,
         tokenizer=tokenizer,
         part_names=[part.name for part in reward.parts],
         judge=judge,
@@ -151,7 +151,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
         lr = optimizer.set_lr(args.lr * (1 - progress))
         kl_coef = kl_schedule.coefficient(progress)
 
-        batch = distributed.shard(query_stream.take(episodes // args.answers))
+        batch = distributed.shard(query_stream.take(args.batch_size // args.answers))
         batch = [query for query in batch for _ in range(args.answers)]
         minibatches = shuffled_minibatches(len(batch), args.minibatches, shuffle_rng)
         rollout = collect(
@@ -174,7 +174,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
             seconds=clock.laps, ethics_before=reward.ethics_before, labels=human.labels if human else None,
         )  # fmt: skip
         log.check(rollout, metrics["skipped"] == args.ppo_epochs * args.minibatches, args.out)
-        kl_schedule.observe(row["kl"], episodes)
+        kl_schedule.observe(row["kl"], args.batch_size)
         checkpoints.after_step(update, state)
 
     provenance = runtime.provenance(device, dtype)
