@@ -62,7 +62,11 @@ def rates(spin_count: str, folder: Path) -> dict[str, float]:
     few = ["--queries", "16", "--samples", "8", "--reference-samples", "256"]
     script(spin_count, "evaluate_nlg.py", "--run", str(folder / "run"), *few)
     responses = 16 * (256 + 2 * 8)
-    return {"training": steps[-1], "ppo": float(updates.median()), "evaluation": responses / (time.perf_counter() - start)}
+    return {
+        "training": steps[-1],
+        "ppo": float(updates.median()),
+        "evaluation": responses / (time.perf_counter() - start),
+    }
 
 
 def main() -> None:
