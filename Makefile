@@ -18,7 +18,7 @@ all: .venv/installed
 		--label-smoothing 0.05 --epochs 12 --resume
 	$(BIN)/python finetuning_nlg.py --resume
 	$(BIN)/python evaluate_nlg.py --run data_results/$(RUN)
-	PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/jupyter nbconvert --log-level ERROR --execute --to html --output-dir data_results Analysis.ipynb
+	PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/jupyter nbconvert --log-level ERROR --KernelManager.transport=ipc --execute --to html --output-dir data_results Analysis.ipynb
 	@echo
 	@echo "The fine-tuned policy is in models/nlg_ppo, its run in data_results/$(RUN)."
 	@echo "Look at data_results/fig_K1_lr_1e-3.png and data_results/Analysis.html (Analysis.ipynb, executed)."
