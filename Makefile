@@ -14,8 +14,7 @@ RUN = K1_lr_1e-3_seed0
 
 all: .venv/installed
 	$(BIN)/python train_nlg.py --resume
-	$(BIN)/python train_cls.py --model models/nlg --optimizer muon --revisit 0.1 \
-		--label-smoothing 0.05 --epochs 12 --resume
+	$(BIN)/python train_cls.py --model models/nlg --resume
 	$(BIN)/python finetuning_nlg.py --resume
 	$(BIN)/python evaluate_nlg.py --run data_results/$(RUN)
 	PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/jupyter nbconvert --log-level ERROR --KernelManager.transport=ipc --execute --to html --output-dir data_results Analysis.ipynb

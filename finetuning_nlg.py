@@ -1,8 +1,7 @@
 """Fine-tune the generator with PPO so that its texts please the reward, and stay near the generator.
 
     python finetuning_nlg.py                                # models/nlg + models/cls -> models/nlg_ppo
-    python finetuning_nlg.py --policy gpt2 --reward lvwerra/distilbert-imdb --data stanfordnlp/imdb \\
-        --batch-size 512 --minibatches 1 --optimizer adam --lr 1e-5 --kl-coef 0.15 --target-kl 6
+    python finetuning_nlg.py --policy gpt2 --reward lvwerra/distilbert-imdb --data stanfordnlp/imdb
     python finetuning_nlg.py --reward human --feedback best-of-4 --labels 250 --label-rounds 5   # you are the reward
 
 Every update: queries -> rollout -> scores -> rewards -> advantages -> update -> log. Writes the policy to --out, and

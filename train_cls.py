@@ -1,9 +1,8 @@
 """Fit the reward model: an ethics classifier, or a model of preferences.
 
-    python train_cls.py                                                     # a small GPT-2 from scratch
-    python train_cls.py --model models/nlg --optimizer muon --revisit 0.1   # from the generator, as [1] does it
-    python train_cls.py --model roberta-base --lr 2e-5 --epochs 3 --batch-size 32 \\
-        --data ethics.csv --text-column input --positive-label 0
+    python train_cls.py                         # a small GPT-2 from scratch: language modelling, then labels
+    python train_cls.py --model models/nlg      # from the generator, as [1] does it
+    python train_cls.py --model roberta-base --data ethics.csv --text-column input --positive-label 0
 
 Data: columns text,label with 1 = positive feedback (ethical); or comparisons: chosen,rejected (and prompt), or
 query,sample0,...,sampleN,best, from which a model with one output learns ([1], equation 1). Writes to --out the weights

@@ -1,7 +1,7 @@
 """Fit the generator, which becomes the reference policy.
 
-    python train_nlg.py                                     # the shipped texts, a small GPT-2 from scratch
-    python train_nlg.py --model gpt2 --lr 5e-5 --epochs 3 --batch-size 16 --data stories.jsonl --text-column story
+    python train_nlg.py                         # the shipped texts, a small GPT-2 from scratch
+    python train_nlg.py --model gpt2 --data stories.jsonl --text-column story
 
 Data: texts without labels, one per line or row. Writes to --out the weights of the epoch with the lowest validation
 loss, the tokenizer, a model card and metrics.json.
