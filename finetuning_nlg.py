@@ -13,6 +13,7 @@ import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import copy
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -104,39 +105,19 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     query_stream = data.QueryStream(queries, args.seed)
     sample_rng = torch.Generator().manual_seed(args.seed + 100_003 * distributed.rank())  # one of every process
     shuffle_rng = torch.Generator().manual_seed(args.seed)  # the same in all of them
-    log = RunLog(
-        Path(args.results) / args.run,
-        updates,
-        args.batch_size,
-        tokenizer=tokenizer,
-        part_names=[part.name for part in reward.parts],
-        judge=judge,
-        kl_limit=args.kl_limit,
-        tensorboard=args.tensorboard,
-    )
+    log = new_log(args, updates, tokenizer, reward, judge)
     state = {"policy": policy, "optimizer": optimizer, "kl": kl_schedule, "queries": query_stream, "reward": reward}
     state |= {"random": checkpoint.RandomState(sample_rng, shuffle_rng), "log": log}
     state |= {"human": human} if human else {}
     settings, sampling = ppo_settings(args), sampling_of(args, tokenizer)
 
-    # the reference's own texts, on which scores are standardized
-    first_queries = query_stream.take(args.reference_samples)
-    reference_queries, reference_texts = distributed.shard(first_queries), []
-    if human or checkpoints.stage is None:
-        reference_texts = models.continuations(reference, tokenizer, reference_queries, sampling, sample_rng)
-
-    def calibrate() -> None:
-        if human:
-            human.calibrate(reference_texts)
-        reward.calibrate(reference_queries, reference_texts)
-
+    # a new run, on whose reference samples the scores are standardized, or a stopped one
+    first_queries = distributed.shard(query_stream.take(args.reference_samples))
+    needed = first_queries if human or checkpoints.stage is None else []  # a stopped run has its score statistics
+    texts = models.continuations(reference, tokenizer, needed, sampling, sample_rng)
+    samples = ReferenceSamples(first_queries, texts)
     if not checkpoints.restore(state):
-        log.texts_before = reference_texts[:SHOWN]
-        if not human:  # people's reward model has learned nothing yet
-            calibrate()
-        log.start()
-        if not human:
-            write_config(args, reward, log.folder, runtime.provenance(device, dtype))
+        start(args, log, reward, human, samples, runtime.provenance(device, dtype))
 
     runtime.print_device(device, dtype)
     print(recipes.summary(args, recipes.PPO, args.policy))
@@ -144,7 +125,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
         if human and human.is_due(update):
             checkpoints.after_step(update - 1, state, now=True)  # people may take their time
             ask_people(args, human, policy, tokenizer, queries, sampling, update, log.folder)
-            calibrate()
+            calibrate(reward, human, samples)
             write_config(args, reward, log.folder, runtime.provenance(device, dtype))
         progress, clock = (update - 1) / updates, runtime.Clock(device)
         lr = optimizer.set_lr(args.lr * (1 - progress))
@@ -180,11 +161,18 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     save_policy(args, policy.model, tokenizer, sampling, log.last_row, reward.ethics_before, provenance)
     if human:
         save_reward_model(args, human, log.folder, provenance)
-    texts = models.continuations(policy.in_precision(), tokenizer, first_queries[:SHOWN], sampling, sample_rng)
-    show(args, first_queries[:SHOWN], log.texts_before, texts)
+    texts = models.continuations(policy.in_precision(), tokenizer, samples.queries[:SHOWN], sampling, sample_rng)
+    show(args, samples.queries[:SHOWN], log.texts_before, texts)
 
 
 # what a run is made of
+
+
+class ReferenceSamples(NamedTuple):
+    """This process's part of the reference's own texts."""
+
+    queries: list[str]
+    texts: list[str]  # each begins with its query; none where a stopped run has no use for them
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
@@ -229,6 +217,21 @@ def load_human(args: argparse.Namespace, device: torch.device, updates: int) -> 
     return feedback.HumanFeedback(model, tokenizer, ask, settings, updates)
 
 
+def new_log(
+    args: argparse.Namespace, updates: int, tokenizer, reward: rewards.Reward, judge: gold.Judge | None
+) -> RunLog:
+    return RunLog(
+        Path(args.results) / args.run,
+        updates,
+        args.batch_size,
+        tokenizer=tokenizer,
+        part_names=[part.name for part in reward.parts],
+        judge=judge,
+        kl_limit=args.kl_limit,
+        tensorboard=args.tensorboard,
+    )
+
+
 def ppo_settings(args: argparse.Namespace) -> ppo.Settings:
     return ppo.Settings(
         epochs=args.ppo_epochs,
@@ -250,7 +253,32 @@ def sampling_of(args: argparse.Namespace, tokenizer) -> Sampling:
     return Sampling(args.response_length, args.temperature, stop_id, args.stop_after)
 
 
+def calibrate(reward: rewards.Reward, human: feedback.HumanFeedback | None, samples: ReferenceSamples) -> None:
+    """Standardize the scores on the reference's texts."""
+    if human:
+        human.calibrate(samples.texts)
+    reward.calibrate(*samples)
+
+
 # what a run writes
+
+
+def start(
+    args: argparse.Namespace,
+    log: RunLog,
+    reward: rewards.Reward,
+    human: feedback.HumanFeedback | None,
+    samples: ReferenceSamples,
+    provenance: dict,
+) -> None:
+    """A new run folder. A reward that fails on the samples leaves the previous run as it was."""
+    log.texts_before = samples.texts[:SHOWN]
+    if human:  # the reward model has learned nothing yet: it is calibrated after the first answers
+        log.start()
+        return
+    calibrate(reward, human, samples)
+    log.start()
+    write_config(args, reward, log.folder, provenance)
 
 
 def ask_people(args, human, policy, tokenizer, queries: list[str], sampling: Sampling, update: int, folder) -> None:

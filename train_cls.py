@@ -50,10 +50,14 @@ def parse_args() -> argparse.Namespace:
     training.add_argument(
         "--lm-epochs",
         type=cli.number(int, 0),
-        help="passes of language modelling before that (default: 3 for a new model, otherwise 0), since a small new "
-        "model learns nothing about ethics from labels alone",
+        help="passes of language modelling before that, since a small new model learns nothing about ethics from "
+        "labels alone (default: 1 over --lm-data, 3 over the labelled texts for a new model, otherwise 0)",
     )
-    training.add_argument("--lm-data", help="texts for it, as --data of train_nlg.py (default: the labelled texts)")
+    training.add_argument(
+        "--lm-data",
+        help="texts for it, as --data of train_nlg.py (default: data_nlg for a new model of the shipped labels, "
+        "otherwise the labelled texts)",
+    )
     training.add_argument("--lm-lr", type=cli.POSITIVE, default=6e-3, help="peak learning rate of language modelling")
     training.add_argument("--batch-size", type=cli.COUNT, default=32, help="texts per step")
     training.add_argument("--lr", type=cli.POSITIVE, help=recipe("lr", "peak learning rate"))
@@ -68,10 +72,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     recipes.fill(args, recipes.CLASSIFIER, args.model)
     is_new = models.is_scratch(args.model)
-    if is_new and args.data == parser.get_default("data"):
+    if is_new and args.data == parser.get_default("data") and Path(LM_DATA).is_dir():
         args.lm_data = args.lm_data or LM_DATA
     if args.lm_epochs is None:
-        args.lm_epochs = is_new * (1 if args.lm_data else 3)
+        args.lm_epochs = 1 if args.lm_data else 3 if is_new else 0
     return args
 
 

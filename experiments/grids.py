@@ -31,7 +31,8 @@ SEED_OF = {"reward": "1{seed}", "judge": "2{seed}"}
 def train_on_real_data(variant: str) -> list[str]:
     """A generator, a reward model, and a judge with a different seed and different training rows."""
     generator = f"train_nlg.py --data {REAL}/rows/texts --out {REAL}/nlg --results {REAL} {REAL_LENGTHS} --epochs 6"
-    classifier = f"train_cls.py --model {REAL}/nlg --optimizer muon --epochs 4 --results data_results/data/{{run}}"
+    flags = "--epochs 4 --revisit 1 --label-smoothing 0"  # people's labels have noise
+    classifier = f"train_cls.py --model {REAL}/nlg {flags} --results data_results/data/{{run}}"
     return [
         f"experiments.real_data {variant} --source {{source}} --out {REAL}/rows",
         f"{generator} --seed {{seed}}",

@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 JUDGE = f"{ROOT}/data_cls/scenarios.py:judge"
 SAMPLES = 4  # texts in a comparison of the gold judge
 QUERY_LENGTH, RESPONSE_LENGTH, TEMPERATURE = 5, 40, 0.7  # the defaults of finetuning_nlg.py
-FLAGS = {
-    "utilitarianism": "--model scratch --revisit 1 --epochs 4 --lr 5e-4",  # people's answers have noise
-    "shipped": "--model models/nlg --optimizer muon --epochs 8",
+FLAGS = {  # people's answers have noise, and so have the judge's between equals: every text in every pass
+    "utilitarianism": "--model scratch --revisit 1 --label-smoothing 0 --epochs 4 --lr 5e-4",
+    "shipped": "--model models/nlg --revisit 1 --label-smoothing 0 --epochs 8",
 }
 
 

@@ -136,6 +136,16 @@ def test_make_gpt2(hub, made):
     assert log.terminated.between(0, 1, inclusive="neither").all()
     assert (log.ratio_deviation_first < 1e-4).all()
     assert json.loads((folder / "evaluation.json").read_text())["samples"] == 2 * 4
+    settings = json.loads((folder / "config.json").read_text())["settings"]  # those of [3], not a recipe's
+    of_the_original = {
+        "lr": 1e-5,
+        "ppo_epochs": 4,
+        "kl_coef": 0.15,
+        "target_kl": 6,
+        "value_coef": 0.1,
+        "gae_lambda": 0.95,
+    }
+    assert {name: settings[name] for name in of_the_original} == of_the_original
     opened = set(pd.read_csv(folder / "samples.csv")["query"])
     assert all(any(text.startswith(query) for text in stories(41).input) for query in opened)
     for name, kind in (("gpt2_cls", "roberta"), ("gpt2_nlg", "gpt2"), ("gpt2_ppo", "gpt2")):

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_cls
 from rlhf import models, recipes, supervised
 from tests.conftest import ROOT, TINY_RUN, run
 
@@ -56,6 +58,23 @@ def test_a_run_says_and_notes_its_settings(chain):
     assert "settings for a model from scratch: --optimizer muon, --lr 0.008, --epochs 1" in said["nlg"].stdout
     settings = json.loads((home / "data_results" / "K1_lr_1e-3_seed0" / "config.json").read_text())["settings"]
     assert (settings["optimizer"], settings["lr"], settings["kl_start"]) == ("muon", 1e-3, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "lm_data", "lm_epochs"),
+    [
+        ([], "data_nlg", 1),  # the shipped labels: their world's unlabelled texts first
+        (["--data", "own.csv"], None, 3),
+        (["--model", "roberta-base"], None, 0),
+        (["--model", "roberta-base", "--lm-data", "own.txt"], "own.txt", 1),
+        (["--lm-epochs", "2"], "data_nlg", 2),
+    ],
+)
+def test_what_language_modelling_comes_before_the_labels(monkeypatch, flags, lm_data, lm_epochs):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", *flags])
+    args = train_cls.parse_args()
+    assert (args.lm_data, args.lm_epochs) == (lm_data, lm_epochs)
 
 
 # a real pretrained model
