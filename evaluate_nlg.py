@@ -1,7 +1,7 @@
 """Measure what a policy gained over its reference, at which KL, and against what was possible at that KL.
 
     python evaluate_nlg.py                                        # models/nlg_ppo against models/nlg
-    python evaluate_nlg.py --run data_results/K1_lr_1e-3_seed*    # several, of one reference and reward
+    python evaluate_nlg.py --run data_results/K2_lr_1e-3_seed*    # several, of one reference and reward
 
 Writes evaluation.json and evaluation_samples.csv to every --run, a run folder whose config.json says how the policy was
 trained: data, reference, reward, temperature, lengths and the score's calibration are taken from there; and draws
@@ -38,7 +38,7 @@ Evaluate = Callable[[list[str], list[str], torch.Tensor], pd.DataFrame]  # queri
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument(
-        "--run", nargs="+", default=["data_results/K1_lr_1e-3_seed0"], help="run folders of the policies"
+        "--run", nargs="+", default=["data_results/K2_lr_1e-3_seed0"], help="run folders of the policies"
     )
     parser.add_argument("--policy", help="folder of the policy, for one run (default: the --out of the run)")
     parser.add_argument("--queries", type=COUNT, default=64, help="held-out queries, drawn at random")

@@ -48,7 +48,9 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_data_flags(parser, default="data_nlg")
     model_flags = parser.add_argument_group("models")
-    model_flags.add_argument("--policy", default="models/nlg", help="folder or hub name of the generator to improve")
+    model_flags.add_argument(
+        "--policy", default="models/nlg", help="folder, .gguf file or hub name of the generator to improve"
+    )
     model_flags.add_argument("--out", default="models/nlg_ppo", help="folder to write")
     model_flags.add_argument("--separate-value", action="store_true", help="a value network, not a head on the policy")
     cli.add_rollout_flags(parser.add_argument_group("rollout"))
@@ -89,15 +91,15 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     updates = args.episodes // args.batch_size
 
     # data and models
-    texts = data.load_texts(args.data, args.data_config, args.data_revision, args.text_column)["valid"]
+    texts = data.load_texts(args.data, args.data_config, args.data_revision, args.text_column)
     reference, model, tokenizer, dtype = load_models(args, device)
     human = load_human(args, device, updates) if rewards.includes_people(args.reward) else None
     policy = PolicyWithValue(model, args.separate_value, dtype).eval()
     reward = rewards.load(
         args.reward, args.missing_stop_score, device, args.precision, human and (human.model, human.tokenizer)
     )
-    judge = gold.load_judge(args.gold, texts, device, args.precision)
-    queries, _ = data.split_queries(texts, tokenizer, args.query_length)
+    judge = gold.load_judge(args.gold, texts["valid"], device, args.precision)
+    queries = data.training_queries(texts, tokenizer, args.query_length)
 
     # what changes from update to update, and what does not
     optimizer = optim.ppo_optimizer(policy, args.lr, muon=args.optimizer == "muon")

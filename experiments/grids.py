@@ -7,10 +7,14 @@ from typing import NamedTuple
 # models/<grid>/inputs/<run>.
 
 
+EARLIER = "--ppo-epochs 1"  # the default when these grids were run
+
+
 class Grid(NamedTuple):
     episodes: int  # of a run
     variants: dict[str, str]  # name -> flags of `script`
     evaluation: str = ""  # flags of evaluate_nlg.py
+    shared: str = EARLIER  # flags of `script` in every variant; a variant's own come after them
     script: str = "finetuning_nlg.py"
     setup: Callable[[str], list[str]] = lambda variant: []  # variant -> commands to run before its runs
 
@@ -104,10 +108,11 @@ GRIDS = {
     "details": Grid(
         10_240,
         {
-            detail: detail
+            detail: f"{detail} {EARLIER}"  # the detail comes first
             for detail in "nothing dropout temperature positions value_head advantages adam_eps score".split()
         },
         script="experiments.wrong",
+        shared="",
     ),
     "models": Grid(
         10_240,

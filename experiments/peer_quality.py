@@ -116,7 +116,7 @@ def train(options: dict, config: dict, seed: int, out: Path) -> float:
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--run", default="data_results/K1_lr_1e-3_seed0", help="folder of the run to compare with")
+    parser.add_argument("--run", default="data_results/K2_lr_1e-3_seed0", help="folder of the run to compare with")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="settings of TRL")
     parser.add_argument("--seed", type=cli.SEED, default=0, help="seed of TRL's runs")
     args = parser.parse_args()

@@ -12,7 +12,7 @@ import pandas as pd
 from experiments.grids import GRIDS
 from experiments.markdown import change, claim, figure, files, load, section, spread, table, table_of_runs
 
-DEFAULT = "K1_lr_1e-3"
+DEFAULT = "K2_lr_1e-3"
 GOLD = ["gold_ethical", "gold_valid", "kl"]
 
 

@@ -82,7 +82,7 @@ def commands_to_run(args: argparse.Namespace, results: Path) -> dict[str, list[l
             if model.exists() or failed.exists():  # a script writes its model last
                 continue
             output = f"--results {results} --run {run} --out {model} --episodes {args.episodes or grid.episodes}"
-            train = f"{grid.script} {grid.variants[variant]} {output} --seed {seed} --resume"
+            train = f"{grid.script} {grid.shared} {grid.variants[variant]} {output} --seed {seed} --resume"
             values = {"run": run, "seed": seed, "source": args.source}
             commands[run] = [
                 [word.format(**values) for word in command.split()] for command in (*grid.setup(variant), train)

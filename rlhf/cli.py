@@ -177,7 +177,7 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--episodes", type=COUNT, help=ppo_recipe("episodes", "responses in all"))
     group.add_argument("--batch-size", type=COUNT, help=ppo_recipe("batch_size", "responses per update"))
     group.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
-    group.add_argument("--ppo-epochs", type=COUNT, default=1, help="K, passes over a batch")
+    group.add_argument("--ppo-epochs", type=COUNT, help=ppo_recipe("ppo_epochs", "K, passes over a batch"))
     group.add_argument("--lr", type=POSITIVE, help=ppo_recipe("lr", "learning rate, falling to 0"))
     optimizer_help = "adam, with at most a third of muon's learning rate, is that of [3]"
     group.add_argument("--optimizer", choices=("muon", "adam"), help=ppo_recipe("optimizer", optimizer_help))

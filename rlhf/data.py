@@ -285,6 +285,15 @@ def split_queries(texts: list[str], tokenizer, length: int) -> tuple[list[str], 
     return training, held_out
 
 
+def training_queries(texts: dict[str, list[str]], tokenizer, length: int) -> list[str]:
+    """The training queries of both splits. Queries of "valid" alone would be too few to learn what follows rare ones.
+
+    "valid" must have some for evaluation, which is refused here rather than after the training.
+    """
+    split_queries(texts["valid"], tokenizer, length)
+    return split_queries(texts["train"] + texts["valid"], tokenizer, length)[0]
+
+
 def encode_queries(tokenizer, queries: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
     """Queries padded on the left: ids and mask, [B, Q] each."""
     rows = tokenizer(queries, add_special_tokens=False)["input_ids"]

@@ -27,6 +27,7 @@ PPO: Recipe = {
     "value_coef": (0.1, 0.0),
     "episodes": (56_320, 10_240),
     "batch_size": (256, 128),
+    "ppo_epochs": (2, 1),
 }
 
 

@@ -163,7 +163,7 @@ def provenance(device: torch.device, dtype: torch.dtype = torch.float32) -> dict
         "precision": precision.dtype_name(dtype),
         "machine": torch.cuda.get_device_name()
         if device.type == "cuda"
-        else f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        else f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }
 
 

@@ -66,7 +66,7 @@ def write_csv(path, rows, columns=("text", "label")):
     return path
 
 
-TINY_EVALUATION = "--run data_results/K1_lr_1e-3_seed0 --queries 4 --samples 8 --reference-samples 64".split()
+TINY_EVALUATION = "--run data_results/K2_lr_1e-3_seed0 --queries 4 --samples 8 --reference-samples 64".split()
 
 
 @pytest.fixture(scope="session")

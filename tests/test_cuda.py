@@ -66,7 +66,7 @@ def on_device(tmp_path_factory):
 
 def test_the_scripts_run_on_the_device_and_name_it(on_device):
     home, logs = on_device
-    folder = home / "data_results" / "K1_lr_1e-3_seed0"
+    folder = home / "data_results" / "K2_lr_1e-3_seed0"
     for path in ("config.json", "evaluation.json"):
         assert json.loads((folder / path).read_text())["machine"] == "a pretend CUDA device"
     assert all(log.initialized and log.peak > 2**20 for log in logs)
@@ -74,7 +74,7 @@ def test_the_scripts_run_on_the_device_and_name_it(on_device):
 
 
 def test_the_first_ratio_is_1_in_low_precision_too(on_device):
-    assert (run_log(on_device[0], "K1_lr_1e-3_seed0").ratio_deviation_first < 1e-4).all()
+    assert (run_log(on_device[0], "K2_lr_1e-3_seed0").ratio_deviation_first < 1e-4).all()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ OTHERS = ("CONTRIBUTING.md", "README.md", "benchmarks/RESULTS.md", "data_cls/REA
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in OTHERS)]
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 CODE = (".", "rlhf", "rlhf/human", "experiments", "benchmarks", "tests/stress")  # where flags are defined
-RUN = ROOT / "data_results" / "K1_lr_1e-3_seed0"
+RUN = ROOT / "data_results" / "K2_lr_1e-3_seed0"
 OPTIONAL_COLUMNS = {"labels", "score_<part>"}  # --reward human; several rewards
 ROW = re.compile(r"^\| (`[^|]*`) \|", re.MULTILINE)
 

@@ -43,7 +43,7 @@ def home(tmp_path_factory):
 
 def test_the_scripts_run_on_a_gpu(home):
     run_script(home, "evaluate_nlg", *TINY_EVALUATION)
-    log = pd.read_csv(home / "data_results" / "K1_lr_1e-3_seed0" / "log.csv")
+    log = pd.read_csv(home / "data_results" / "K2_lr_1e-3_seed0" / "log.csv")
     assert len(log) == 16 and (log.ratio_deviation_first == 0).all() and (log.skipped == 0).all()
 
 
@@ -59,7 +59,7 @@ def test_a_killed_run_goes_on(home):
             time.sleep(0.01)
     assert child.returncode == -signal.SIGKILL
     run_script(home, "finetuning_nlg", *flags)
-    killed, whole = (pd.read_csv(home / "data_results" / name / "log.csv") for name in ("killed", "K1_lr_1e-3_seed0"))
+    killed, whole = (pd.read_csv(home / "data_results" / name / "log.csv") for name in ("killed", "K2_lr_1e-3_seed0"))
     assert killed["update"].tolist() == whole["update"].tolist()
     assert killed.ethics.mean() == pytest.approx(whole.ethics.mean(), abs=0.05)
 

@@ -38,7 +38,7 @@ def test_the_thick_line_is_the_mean_over_seeds(axes, seeds, label):
 
 
 def test_the_frontier_has_every_run_and_one_legend(axes):
-    folders = sorted(RESULTS.glob("K1_lr_1e-3_seed*"))
+    folders = sorted(RESULTS.glob("K2_lr_1e-3_seed*"))
     evaluations = plots.load_evaluations(folders)
     assert list(evaluations) == folders
     plots.draw_frontier(axes, evaluations)

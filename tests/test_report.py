@@ -54,7 +54,7 @@ def test_a_changed_table_is_noticed(results, path):
 @pytest.mark.parametrize(
     "path",
     [
-        "K1_lr_1e-3_seed1/evaluation.json",
+        "K2_lr_1e-3_seed1/evaluation.json",
         "cls_metrics.json",
         "nlg_metrics.json",
         "data/ethics_seed0/evaluation.json",

@@ -32,7 +32,7 @@ def test_each_script_leaves_what_the_next_one_needs(chain):
 
 
 def test_run_folder(chain):
-    folder = chain[0] / "data_results" / "K1_lr_1e-3_seed0"
+    folder = chain[0] / "data_results" / "K2_lr_1e-3_seed0"
     log = pd.read_csv(folder / "log.csv")
     columns = """update episodes score ethics improvement improvement_ma kl kl_coef entropy reward policy_loss
         value_loss approx_kl clip_fraction value_clip_fraction explained_variance ratio_deviation_first
@@ -51,11 +51,11 @@ def test_run_folder(chain):
     samples = pd.read_csv(folder / "samples.csv")
     assert set(samples.columns) == {"update", "query", "response", "score", "ethics", "kl"}
     assert list(folder.glob("events.out.tfevents.*"))
-    assert (chain[0] / "data_results" / "fig_K1_lr_1e-3.png").stat().st_size > 10_000
+    assert (chain[0] / "data_results" / "fig_K2_lr_1e-3.png").stat().st_size > 10_000
 
 
 def test_evaluation(chain):
-    folder = chain[0] / "data_results" / "K1_lr_1e-3_seed0"
+    folder = chain[0] / "data_results" / "K2_lr_1e-3_seed0"
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert {"ethics_before", "ethics_after", "score_after", "kl", "gold", "perplexity_under_reference"} <= set(
         evaluation
@@ -71,12 +71,12 @@ def test_evaluation(chain):
     assert worst["kl"] >= evaluation["kl"]  # the mean of a query's responses, beside the mean of all
     low, high = evaluation["fraction_of_optimum_interval"]
     assert low <= high and evaluation["samples"] == 4 * 8
-    assert (chain[0] / "data_results" / "fig_frontier_K1_lr_1e-3.png").stat().st_size > 10_000
+    assert (chain[0] / "data_results" / "fig_frontier_K2_lr_1e-3.png").stat().st_size > 10_000
 
 
 def test_what_was_possible(chain):
     """The frontier rises from the reference; the best of one is the reference; both end at the best sample."""
-    path = chain[0] / "data_results" / "K1_lr_1e-3_seed0" / "evaluation.json"
+    path = chain[0] / "data_results" / "K2_lr_1e-3_seed0" / "evaluation.json"
     evaluation = json.loads(path.read_text())
     frontier = pd.DataFrame(evaluation["frontier"]).sort_values("beta", ascending=False)
     assert frontier.kl.is_monotonic_increasing and frontier.score.is_monotonic_increasing
@@ -89,7 +89,7 @@ def test_what_was_possible(chain):
 
 
 def test_evaluation_queries_are_held_out(chain):
-    folder = chain[0] / "data_results" / "K1_lr_1e-3_seed0"
+    folder = chain[0] / "data_results" / "K2_lr_1e-3_seed0"
     trained_on = set(pd.read_csv(folder / "samples.csv")["query"])
     held_out = set(pd.read_csv(folder / "evaluation_samples.csv")["query"])
     assert not trained_on & held_out
@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_run(chain):
     timings = ["seconds_rollout", "seconds_score", "seconds_update", "episodes_per_second"]
     logs = [
         pd.read_csv(home / "data_results" / name / "log.csv").drop(columns=timings)
-        for name in ("K1_lr_1e-3_seed0", "again")
+        for name in ("K2_lr_1e-3_seed0", "again")
     ]
     pd.testing.assert_frame_equal(*logs)
 
@@ -210,11 +210,11 @@ def test_real_data_and_gpt2s_tokenizer(gpt2_folder, tmp_path):
     assert results["valid_at_0.7"] is None  # the gold judge knows nothing of these texts
     run(
         "finetuning_nlg", *TINY_RUN, *stories, "--stop", ".", "--stop-after", 4, "--response-length", 8,
-        "--query-length", 16, "--run", "K1_lr_1e-3_seed0", cwd=tmp_path,
+        "--query-length", 16, "--run", "K2_lr_1e-3_seed0", cwd=tmp_path,
     )  # fmt: skip
     said = run("evaluate_nlg", *TINY_EVALUATION, cwd=tmp_path).stdout
     assert "NaN" not in said and "worst query: " in said
-    evaluation = json.loads((tmp_path / "data_results" / "K1_lr_1e-3_seed0" / "evaluation.json").read_text())
+    evaluation = json.loads((tmp_path / "data_results" / "K2_lr_1e-3_seed0" / "evaluation.json").read_text())
     assert evaluation["gold"]["valid_after"] is None
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "nlg_ppo")
     assert trained.config.vocab_size == 50257

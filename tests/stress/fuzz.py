@@ -227,7 +227,7 @@ def flags_of(script: str) -> list[argparse.Action]:
 
 def finished_run(home: Path) -> dict[Path, bytes]:
     """The files of the finished run and of its model."""
-    folders = home / "models" / "nlg_ppo", home / "data_results" / "K1_lr_1e-3_seed0"
+    folders = home / "models" / "nlg_ppo", home / "data_results" / "K2_lr_1e-3_seed0"
     return {path.relative_to(home): path.read_bytes() for folder in folders for path in sorted(folder.iterdir())}
 
 
