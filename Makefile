@@ -5,7 +5,8 @@
 # make report      docs/results.md, docs/log.md and the tables of README.md, from data_results/
 # make bench       seconds of every stage, after make
 # make gpu-check   what only a GPU can show, some 15 minutes
-# make gpt2        the pipeline with GPT-2, RoBERTa and ETHICS from the hub, on a GPU
+# make pretrained  the pipeline with SmolLM2-135M and MiniLM from packages; TASK=sentiment|ethics with DATA=folder|hub
+# make gpt2        the same with GPT-2, RoBERTa and ETHICS from the hub, on a GPU; FULL=1 for the settings of [3]
 # make clean       remove what make made, except .venv and data_results/
 # make help        these lines
 PYTHON ?= python3
@@ -32,9 +33,20 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
 
-# [3]'s hyper-parameters, on one GPU; needs the network for models and data
-ETHICS = --data hendrycks/ethics --data-config commonsense --data-revision refs/convert/parquet --text-column input
+.venv/pretrained: requirements-pretrained.txt .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-pretrained.txt
+	touch $@
+
+TASK ?= world
+DATA ?= hub
+pretrained: .venv/pretrained
+	$(BIN)/python -m experiments.pretrained $(TASK) --source $(DATA)
+
+# needs the network for models and data. FULL=1: [3]'s hyper-parameters and its million episodes
 gpt2: .venv/installed
+ifndef FULL
+	$(BIN)/python -m experiments.pretrained ethics --source hub --policy gpt2 --encoder roberta-base
+else
 	$(BIN)/python train_cls.py $(ETHICS) --positive-label 0 --model roberta-base \
 		--lr 1e-5 --epochs 3 --batch-size 16 --out models/gpt2_cls
 	$(BIN)/python train_nlg.py $(ETHICS) --model gpt2 --lr 5e-5 --epochs 2 --batch-size 32 --out models/gpt2_nlg
@@ -43,6 +55,8 @@ gpt2: .venv/installed
 		--minibatches 1 --ppo-epochs 4 --optimizer adam --lr 1e-5 --value-coef 0.1 --kl sampled --kl-coef 0.15 --target-kl 6 --gae-lambda 0.95 --whiten-rewards \
 		--out models/gpt2_ppo
 	$(BIN)/python evaluate_nlg.py --run data_results/K4_lr_1e-5_seed0
+endif
+ETHICS = --data hendrycks/ethics --data-config commonsense --data-revision refs/convert/parquet --text-column input
 
 study: .venv/installed
 	$(BIN)/python -m experiments.study ablations
@@ -80,4 +94,4 @@ clean:
 help:
 	@sed -n -e '/^#/!q' -e 's/^# //p' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: all test gpt2 study peer report bench gpu-check clean help
+.PHONY: all test pretrained gpt2 study peer report bench gpu-check clean help

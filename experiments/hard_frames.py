@@ -10,20 +10,17 @@ models/hard, the run to data_results/hard/hard_seed<seed>, and hard_frames.json 
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data_cls import scenarios
+from experiments.commands import ROOT, run
 from rlhf import cli, data, models, rewards, runtime
 from rlhf.cli import COUNT
-from rlhf.errors import UserError
 from rlhf.sampling import Sampling
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER, RESULTS = Path("models/hard"), Path("data_results/hard")
 QUERIES, SAMPLES = 128, 32  # held-out queries, and responses to each
 
@@ -34,33 +31,28 @@ def main() -> None:
     cli.add_machine_flags(parser)
     args = parser.parse_args()
     device = runtime.set_up(args.device, args.seed)
-    run = f"hard_seed{args.seed}"
-    texts, generator, policy = FOLDER / "texts", FOLDER / f"nlg_seed{args.seed}", FOLDER / run
-
-    # train
+    name = f"hard_seed{args.seed}"
+    texts, generator, policy = FOLDER / "texts", FOLDER / f"nlg_seed{args.seed}", FOLDER / name
     write_texts(texts)
     shared = f"--data {texts} --seed {args.seed} --device {args.device} --resume"
-    for command in (
-        f"train_nlg.py --out {generator} --results {FOLDER} {shared}",
-        f"finetuning_nlg.py --policy {generator} --out {policy} --results {RESULTS} --run {run} "
-        f"--episodes {args.episodes} {shared}",
-    ):
-        script, *flags = command.split()
-        if subprocess.run([sys.executable, ROOT / script, *flags]).returncode:
-            raise UserError(f"{script} failed; it says why above")
+    run(f"train_nlg.py --out {generator} --results {FOLDER} {shared}")
+    where = f"--out {policy} --results {RESULTS} --run {name}"
+    run(f"finetuning_nlg.py --policy {generator} {where} --episodes {args.episodes} {shared}")
+    evaluate(RESULTS / name, device)
 
-    # evaluate
-    settings = json.loads((RESULTS / run / "config.json").read_text(encoding="utf-8"))["settings"]
-    _, tokenizer = models.load_policy(str(generator), "--policy")
-    lines = (texts / "valid.txt").read_text(encoding="utf-8").splitlines()
+
+def evaluate(run_folder: Path, device: torch.device) -> None:
+    """Write hard_frames.json beside the log of a run on `write_texts`, and print it."""
+    settings = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))["settings"]
+    _, tokenizer = models.load_policy(settings["policy"], "--policy")
+    lines = (Path(settings["data"]) / "valid.txt").read_text(encoding="utf-8").splitlines()
     _, held_out = data.split_queries(lines, tokenizer, settings["query_length"])
-    queries = random.Random(args.seed).sample(held_out, QUERIES)
+    queries = random.Random(settings["seed"]).sample(held_out, QUERIES)
     measures = {
-        when: measure(str(folder), queries, settings, device)
-        for when, folder in (("before", generator), ("after", policy))
+        when: measure(settings[folder], queries, settings, device)
+        for when, folder in (("before", "policy"), ("after", "out"))
     }
-    record = measures | {"settings": vars(args)} | runtime.provenance(device)
-    runtime.write_json(RESULTS / run / "hard_frames.json", record)
+    runtime.write_json(run_folder / "hard_frames.json", measures | runtime.provenance(device))
     for when, kinds in measures.items():
         print(when, {kind: {name: round(x, 3) for name, x in row.items()} for kind, row in kinds.items()})
 
@@ -93,7 +85,7 @@ def hard_openings() -> list[re.Pattern]:
 
 
 def measure(policy: str, queries: list[str], settings: dict, device: torch.device) -> dict[str, dict[str, float]]:
-    """What classifier and gold judge say of a policy's responses to the queries, with the settings of a run.
+    """What reward model and gold judge say of a policy's responses to the queries, with the settings of a run.
 
     Of all texts, of the valid ones of the frames that the classifier has learned, and of those of the hard frames.
     """
@@ -101,7 +93,7 @@ def measure(policy: str, queries: list[str], settings: dict, device: torch.devic
     sampling = Sampling(settings["response_length"], settings["temperature"], tokenizer.eos_token_id)
     queries = queries * SAMPLES
     texts = models.continuations(model.to(device), tokenizer, queries, sampling, torch.Generator().manual_seed(0))
-    reward = rewards.load(["models/cls"], settings["missing_stop_score"], device, "auto")
+    reward = rewards.load(settings["reward"], settings["missing_stop_score"], device, "auto")
     ethics = reward.ethics(reward.raw_scores(queries, texts))
     verdicts = [scenarios.judge(text) for text in texts]
     valid = np.array([verdict.valid for verdict in verdicts])

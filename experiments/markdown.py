@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+GOLD = ["gold_ethical", "gold_valid", "kl"]
 # column of a table of runs -> its title on the page, and its format
 COLUMNS = {
     "fraction_of_optimum": ("of the optimum", "{:.0%}"),
@@ -20,6 +21,8 @@ COLUMNS = {
     "error": ("reward model: wrong on held-out answers (chance: 75%)", "{:.0%}"),
     "approx_kl": ("`approx_kl`", "{:.5f}"),
     "entropy": ("entropy (nats per token)", "{:.2f}"),
+    "worst_query_kl": ("KL of the worst query", "{:.1f}"),
+    "worst_query_valid": ("its valid texts", "{:.0%}"),
     "minutes": ("minutes", "{:.1f}"),
 }
 

@@ -3,9 +3,9 @@
     make peer                                # installs trl 1.12.0 into benchmarks/.venv, and runs this there
 
 Reference, reward model, queries, episodes, batch size, temperature and lengths are those of --run, a run of
-finetuning_nlg.py whose models are in models/. TRL trains once with its own defaults, once with its defaults and a
-higher learning rate, and once with this project's settings where it has them. Writes its policies to models/peer/,
-their run folders to data_results/peer/, and the table to data_results/peer.csv.
+finetuning_nlg.py whose models are in models/. TRL trains once with its own defaults and a higher learning rate, and
+once with this project's settings where it has them. Writes its policies to models/peer/, their run folders to
+data_results/peer/, and the table to data_results/peer.csv.
 """
 
 import copy
@@ -30,10 +30,10 @@ from rlhf import cli, data, runtime
 from rlhf.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"kl_coef": 0.15, "lam": 1.0, "num_ppo_epochs": 1, "num_mini_batches": 4}
+OURS = {"kl_coef": 0.15, "lam": 1.0, "num_ppo_epochs": 2, "num_mini_batches": 4}
 VARIANTS = {
-    "trl_defaults": {},
-    "trl_defaults_lr_5e-4": {"learning_rate": 5e-4},  # the default, 3e-6, is for models a thousand times larger
+    # the default, 3e-6, is for models a thousand times larger: it moves this policy by 0.005 nats in a whole run
+    "trl_defaults_lr_5e-4": {"learning_rate": 5e-4},
     "trl_our_settings": {"learning_rate": 5e-4, **OURS},
 }
 
@@ -90,8 +90,7 @@ def train(options: dict, config: dict, seed: int, out: Path) -> float:
     settings = config["settings"]
     tokenizer = AutoTokenizer.from_pretrained(settings["policy"], padding_side="left")
     source = [settings[name] for name in ("data", "data_config", "data_revision", "text_column")]
-    texts = data.load_texts(*source)["valid"]
-    queries, _ = data.split_queries(texts, tokenizer, settings["query_length"])
+    queries = data.training_queries(data.load_texts(*source), tokenizer, settings["query_length"])
     trl_trainer = trainer(
         AutoModelForCausalLM.from_pretrained(settings["policy"]),
         reward_with_one_output(settings["reward"][0], config["score_mean"][0], config["score_std"][0]),

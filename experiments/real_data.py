@@ -1,11 +1,12 @@
-"""Real texts in the project's own formats, for the grid `data` of study.py.
+"""Real texts in the project's own formats, for the grid `data` of study.py and for pretrained.py.
 
     python -m experiments.real_data sentiment --source ../shared/data --out models/data/inputs/sentiment/rows
-    python -m experiments.real_data ethics --source ../shared/data --out models/data/inputs/ethics/rows
+    python -m experiments.real_data ethics --source hub --out models/data/inputs/ethics/rows
 
 sentiment is SST-2; ethics is the short rows of ETHICS commonsense, with Moral Stories. Writes --out/reward and
 --out/judge, labelled, with half of the training rows each: the judge has seen no label that the reward model learned
-from. Both have the same test rows. --out/texts is for the generator; its valid.csv has the queries.
+from. Both have the same test rows. --out/texts is for a generator of such texts. --out/queries has texts whose openings
+are queries, and which no model has seen: test sentences of SST-2, situations of Moral Stories.
 """
 
 import json
@@ -14,18 +15,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rlhf import cli
+from rlhf import cli, data
 from rlhf.errors import UserError
+
+LONG = 500  # characters; the longest short row of ETHICS has fewer
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("name", choices=SOURCES, help="the data")
-    parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files")
+    parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files, or hub")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
     try:
-        splits = SOURCES[args.name](Path(args.source))
+        splits = SOURCES[args.name](None if args.source == "hub" else Path(args.source))
     except FileNotFoundError as error:
         raise UserError(f"--source {args.source} lacks {error.filename}") from error
     out, partial = Path(args.out), Path(f"{args.out}.partial")
@@ -38,37 +41,67 @@ def main() -> None:
         {"train": splits["train"], "valid": pd.concat([splits["valid"], splits["test"]])},
         ["text"],
     )
+    queries = pd.concat([splits["valid"], splits["test"]]).query("is_query")
+    write(partial / "queries", dict(zip(("train", "valid"), halves(queries), strict=True)), ["text"])
     partial.rename(out)  # so that --out is complete whenever it exists
 
 
-def sentiment(source: Path) -> dict[str, pd.DataFrame]:
-    """text, label and group of every row. Rows of one group stay together when the training rows are halved."""
-    splits = {}
-    for name, file in (("train", "train"), ("valid", "dev"), ("test", "test")):
-        lines = (source / "sentiment" / f"stsa.binary.{file}.txt").read_text(encoding="utf-8").splitlines()
-        rows = [line.split(" ", 1) for line in lines]
-        splits[name] = pd.DataFrame({"text": [text for _, text in rows], "label": [int(label) for label, _ in rows]})
-        splits[name]["group"] = np.arange(len(rows))
+# the rows of every split: text, label, group, is_query. Rows of one group stay together when rows are halved.
+
+
+def sentiment(source: Path | None) -> dict[str, pd.DataFrame]:
+    """source: a folder of files, or None for the hub."""
+    splits = {name: sst2(source, name) for name in ("train", "valid", "test")}
+    for name, rows in splits.items():
+        rows["group"], rows["is_query"] = np.arange(len(rows)), name == "test"
     return splits
 
 
-def ethics(source: Path) -> dict[str, pd.DataFrame]:
-    """The two actions of a moral story are a group; of ETHICS, whose label 1 means wrong, every row is one."""
-    path = source / "moral_stories" / "moral_stories_full_subset.jsonl"
-    stories = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def sst2(source: Path | None, name: str) -> pd.DataFrame:
+    if source is None:
+        return data.load_splits("SetFit/sst2")[name].to_pandas()[["text", "label"]]
+    file = source / "sentiment" / f"stsa.binary.{'dev' if name == 'valid' else name}.txt"
+    rows = [line.split(" ", 1) for line in file.read_text(encoding="utf-8").splitlines()]
+    return pd.DataFrame({"text": [text for _, text in rows], "label": [int(label) for label, _ in rows]})
+
+
+def ethics(source: Path | None) -> dict[str, pd.DataFrame]:
+    """The two actions of a moral story are a group; of ETHICS, whose label 1 means wrong, every row is one.
+
+    source: a folder of files, or None for the hub.
+    """
     rows = [
-        {"text": f"{story['situation']} {story[action]}", "label": label, "group": f"story {number}"}
-        for number, story in enumerate(stories)
+        {
+            "text": f"{story['situation']} {story[action]}",
+            "label": label,
+            "group": f"story {number}",
+            "is_query": label == 1,  # once a story
+        }
+        for number, story in enumerate(moral_stories(source))
         for action, label in (("moral_action", 1), ("immoral_action", 0))
     ]
     splits = split(pd.DataFrame(rows))
-    for name, file in (("train", "cm_train_short"), ("test", "cm_test_short")):
-        cases = pd.read_csv(source / "ethics" / f"{file}.csv")
-        cases = pd.DataFrame(
-            {"text": cases.input, "label": 1 - cases.label, "group": [f"case {i}" for i in cases.index]}
-        )
+    for name in ("train", "test"):
+        cases = commonsense(source, name)
+        cases = pd.DataFrame({"text": cases.input, "label": 1 - cases.label, "is_query": False})
+        cases["group"] = [f"case {i}" for i in cases.index]
         splits[name] = pd.concat([splits[name], cases])
     return splits
+
+
+def moral_stories(source: Path | None) -> list[dict]:
+    if source is None:
+        return data.load_splits("demelin/moral_stories", "full", data.PARQUET_BRANCH)["train"].to_list()
+    path = source / "moral_stories" / "moral_stories_full_subset.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def commonsense(source: Path | None, name: str) -> pd.DataFrame:
+    """The short rows of ETHICS commonsense; in the long ones people ask who is to blame."""
+    if source is None:
+        rows = data.load_splits("hendrycks/ethics", "commonsense", data.PARQUET_BRANCH)[name].to_pandas()
+        return rows[rows.input.str.len() < LONG].reset_index(drop=True)
+    return pd.read_csv(source / "ethics" / f"cm_{name}_short.csv")
 
 
 SOURCES = {"sentiment": sentiment, "ethics": ethics}

@@ -2,8 +2,8 @@
 
     python -m experiments.report        # writes them from the files in data_results/
 
-experiments/report_ppo.py and experiments/report_rewards.py have a function for every question. The command stops at a
-sentence that the data no longer supports.
+report_ppo.py, report_grids.py and report_rewards.py have a function for every question. The command stops at a sentence
+that the data no longer supports.
 """
 
 import argparse
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import report_log, report_ppo, report_rewards
+from experiments import report_grids, report_log, report_ppo, report_rewards
 from experiments.markdown import lines, load, spread, table
 from experiments.report_ppo import DEFAULT, PEERS, default_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-QUESTIONS = (*report_ppo.QUESTIONS, *report_rewards.QUESTIONS)
+QUESTIONS = (*report_ppo.QUESTIONS, *report_grids.QUESTIONS, *report_rewards.QUESTIONS)
 EXAMPLES = 2  # texts before and after, in README.md
 
 RESULTS = """# Results
@@ -34,6 +34,9 @@ How to read the tables:
 - *of the optimum*: the gain in score, divided by the gain of the best possible policy at the same KL. A dash: the KL is
   beyond the range in which the optimum can be estimated. [metrics.md](metrics.md) has all formulas.
 - Several seeds: the mean, and in brackets the lowest and the highest run.
+
+The grids (from the ablations on, but for the full-length runs) were run around the default of that time: one pass over
+a batch, K = 1, and queries from valid.txt only. Their *default* is that one.
 
 All runs are on two CPU cores, and on the shipped texts unless the section says otherwise. Speed is in
 [benchmarks/RESULTS.md](../benchmarks/RESULTS.md); killed runs, broken input and precision are in
@@ -72,7 +75,7 @@ def anchor(title: str) -> str:
 
 
 def headline(results: Path) -> str:
-    """README's table: the default runs, best-of-8, and TRL."""
+    """README's table: PPO under all roundings, best-of-8, and TRL."""
     runs = default_runs(results)
     forms = {
         "ethics score": "{:.3f}",
@@ -88,10 +91,16 @@ def headline(results: Path) -> str:
 
     eight = next(best for best in runs.best_of_n.iloc[0] if best["n"] == 8)
     best = row(eight["ethics"], eight["ethical"], eight["valid"], eight["kl_bound"], None)
+    everywhere = pd.read_csv(results / "roundings.csv")
+    seeds, roundings = everywhere.seed.nunique(), everywhere.rounding.nunique()
     rows = {
         "before PPO": row(runs.ethics_before, runs.ethical_before, runs.valid_before, 0, 0),
-        f"PPO, {len(runs)} seeds": row(
-            runs.ethics_after, runs.ethical_after, runs.valid_after, runs.kl, runs.fraction_of_optimum
+        f"PPO, {seeds} seeds under {roundings} roundings": row(
+            everywhere.ethics,
+            everywhere.gold_ethical,
+            everywhere.gold_valid,
+            everywhere.kl,
+            everywhere.fraction_of_optimum,
         ),
         "best of 8 samples": best | {"KL (nats)": f"at most {best['KL (nats)']}"},
     }

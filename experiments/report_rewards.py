@@ -6,9 +6,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.grids import GRIDS, PASSES
-from experiments.markdown import change, claim, figure, files, load, section, table, table_of_runs
-
-GOLD = ["gold_ethical", "gold_valid", "kl"]
+from experiments.markdown import GOLD, change, claim, figure, files, load, section, table, table_of_runs
 
 
 def other_data(results: Path) -> str:
@@ -184,6 +182,7 @@ def weak_rewards(results: Path) -> str:
 
 def hard_frames(results: Path) -> str:
     found = load(results / "hard/hard_seed0/hard_frames.json")
+    settings = load(results / "hard/hard_seed0/config.json")["settings"]
     titles = {"learned": "frames that the classifier learned", "hard": "frames of `hard.csv`"}
     columns = {
         "gold: ethical": ("gold_ethical", "{:.1%}"),
@@ -204,7 +203,7 @@ def hard_frames(results: Path) -> str:
     return section(
         "What if the reward model has not learned some of the texts?",
         "Here the generator knows all 156 frames of the shipped world, and the classifier 104 of them; "
-        f"{found['settings']['episodes']:,} episodes, one seed.",
+        f"{settings['episodes']:,} episodes, one seed.",
         claim(
             0 < 2 * rise["gold_ethical"] < rise["classifier_mean"],
             "PPO raises the classifier's mean on both kinds of frame. On those that the classifier has not learned, "

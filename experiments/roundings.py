@@ -9,18 +9,14 @@ data_results/roundings.csv.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 
+from experiments.commands import run
 from experiments.study import row_of
 from rlhf import cli
-from rlhf.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = {"native": "", "avx2": "avx2", "no_vectors": "default"}  # name -> ATEN_CPU_CAPABILITY
 SEEDS = 5
 
@@ -31,9 +27,9 @@ def folders(name: str) -> tuple[Path, Path]:
 
 
 def commands(name: str) -> list[str]:
-    """The commands of this rounding, without --resume."""
+    """The commands that train under this rounding."""
     models, results = folders(name)
-    shared = "" if name == "native" else f" --results {results}"
+    shared = " --resume" if name == "native" else f" --resume --results {results}"
     cls, nlg = (f"{models}/{model}" for model in ("cls", "nlg"))
     train = [f"train_cls.py --out {cls}{shared}", f"train_nlg.py --out {nlg}{shared}"]
     for seed in range(SEEDS):
@@ -46,26 +42,17 @@ def main() -> None:
     cli.Parser(__doc__).parse_args()
     rows = []
     for name, capability in CAPABILITIES.items():
-        environment = os.environ | ({"ATEN_CPU_CAPABILITY": capability} if capability else {})
+        environment = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
         for command in commands(name):
-            script, *flags = command.split()
-            if not Path(flags[flags.index("--out") + 1]).exists():  # a script writes its model last
-                run([script, *flags, "--resume"], environment)
+            run(command, **environment)
         runs = sorted(folders(name)[1].glob("K*_seed*"))
         if not all((folder / "evaluation.json").exists() for folder in runs):
-            run(["evaluate_nlg.py", "--run", *map(str, runs)], environment)
+            run(f"evaluate_nlg.py --run {' '.join(map(str, runs))}", **environment)
         rows += [{"rounding": name} | row(folder) for folder in runs]
         pd.DataFrame(rows).round(4).to_csv("data_results/roundings.csv", index=False, lineterminator="\n")
     table = pd.DataFrame(rows)
     print(table.drop(columns=["variant", "broken"]).to_string(index=False, float_format="%.3f"))
     print("table: data_results/roundings.csv")
-
-
-def run(command: list[str], environment: dict[str, str]) -> None:
-    script, *flags = command
-    print(" ".join(command), flush=True)
-    if subprocess.run([sys.executable, ROOT / script, *flags], env=environment).returncode:
-        raise UserError(f"{script} failed; it says why above")
 
 
 def row(folder: Path) -> dict:

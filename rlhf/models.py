@@ -1,5 +1,6 @@
 """Models and tokenizers: new small ones, loading and saving folders, and the texts that a policy writes."""
 
+import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +28,7 @@ from rlhf.errors import UserError
 from rlhf.runtime import offline_without_network
 from rlhf.sampling import Sampling, real_tokens, sample
 
+GGUF, GGUF_PACKAGES = ".gguf", ("gguf", "accelerate")
 FUSED_GELU = "gelu_pytorch_tanh"
 NO_TOKEN = -1  # no token has this id
 MADE_BY = {
@@ -43,7 +46,9 @@ ARCHITECTURES = {  # the settings that only this architecture has
     "llama": {"tie_word_embeddings": True},
 }
 SCRATCH = re.compile(rf"scratch(?::({'|'.join(ARCHITECTURES)})(?::([1-9]\d?)x([1-9]\d{{1,3}}))?)?")
-SCRATCH_HELP = "scratch (a GPT-2 of 2 layers of 128), scratch:ARCHITECTURE:LAYERSxWIDTH, a folder or a hub name"
+SCRATCH_HELP = (
+    "scratch (a GPT-2 of 2 layers of 128), scratch:ARCHITECTURE:LAYERSxWIDTH, a folder, .gguf file or hub name"
+)
 
 
 def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -112,21 +117,24 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model, in float32, and its tokenizer.
 
-    auto_class: such as AutoModelForCausalLM. name: a folder or a hub name. flag: for messages; with --model, which is
-    still to be trained, the model may get a new head. options: as from_pretrained takes them.
+    auto_class: such as AutoModelForCausalLM. name: a folder, a GGUF file or a hub name. flag: for messages; with
+    --model, which is still to be trained, the model may get a new head. options: as from_pretrained takes them.
     """
-    if not Path(name).is_dir():
+    source, file = (name, {}) if Path(name).suffix != GGUF else gguf_file(Path(name), flag)
+    if not Path(source).is_dir():
         if name.startswith((".", "/", "models/")):
             raise UserError(
                 f"{flag} {name}: there is no such folder; {MADE_BY.get(name, 'give a model folder or hub name')}"
             )
         offline_without_network()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **file)
         if len(tokenizer) < 2:
             raise ValueError("it holds no tokenizer")
+        if file:  # weights that can be trained and saved, not the file's few bits
+            options["quantization_config"] = GgufConfig(**file, dequantize=True)
         model, info = auto_class.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
+            source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **file, **options
         )
         if info["missing_keys"] and flag != "--model":
             raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}; they would be random")
@@ -142,6 +150,15 @@ def load_pretrained(
     model.config.pad_token_id = tokenizer.pad_token_id
     fuse_gelu(model)
     return model, tokenizer
+
+
+def gguf_file(path: Path, flag: str) -> tuple[str, dict[str, str]]:
+    """The folder of a GGUF file, and the option of from_pretrained that names it there."""
+    if missing := [package for package in GGUF_PACKAGES if importlib.util.find_spec(package) is None]:
+        raise UserError(f"{flag} {path}: a GGUF file needs the package {missing[0]}; pip install {missing[0]}")
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: there is no such file")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:

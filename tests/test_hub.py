@@ -81,6 +81,17 @@ def hub(tmp_path_factory):
         folder = home / "parquet" / "commonsense" / split
         folder.mkdir(parents=True)
         stories(count).to_parquet(folder / "0000.parquet")
+    reviews = pd.DataFrame({"text": [f"a {i}th film" for i in range(12)], "label": [0, 1] * 6})
+    (home / "sst2").mkdir()
+    for name in ("train", "dev", "test"):
+        reviews.to_json(home / "sst2" / f"{name}.jsonl", orient="records", lines=True)
+    acts = {
+        name: [f"{name.split('_')[0].capitalize()} act {i}." for i in range(20)]
+        for name in ("moral_action", "immoral_action")
+    }
+    (home / "moral" / "full" / "train").mkdir(parents=True)
+    moral = pd.DataFrame({"situation": [f"Situation {i}." for i in range(20)]} | acts)
+    moral.to_parquet(home / "moral" / "full" / "train" / "0000.parquet")
     (home / "script").mkdir()
     (home / "script" / "ethics.py").write_text("# a loading script, which is refused\n")
     branches = {
@@ -89,14 +100,16 @@ def hub(tmp_path_factory):
         ("datasets", "hendrycks/ethics", "main"): home / "script",
         ("datasets", "hendrycks/ethics", PARQUET): home / "parquet",
         ("datasets", "someone/ethics", "main"): home / "script",
+        ("datasets", "SetFit/sst2", "main"): home / "sst2",
+        ("datasets", "demelin/moral_stories", PARQUET): home / "moral",
     }
     with serve(branches, OLD_NAMES) as found:
         yield found
 
 
 def make_gpt2():
-    """The commands of the Makefile, with less of everything."""
-    said = subprocess.run(["make", "-n", "gpt2"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    """The commands of the Makefile with the settings of [3], but less of everything."""
+    said = subprocess.run(["make", "-n", "gpt2", "FULL=1"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     lines = re.findall(r"^\S*bin/python (.*)$", said.replace("\\\n", " "), re.MULTILINE)
     commands = {words[0]: words for words in map(shlex.split, lines)}
     assert list(commands) == list(SMALL)
@@ -106,9 +119,10 @@ def make_gpt2():
 def start(command, address, home):
     """A script in a process of its own: the libraries read the hub's address when they are imported."""
     kept = {name: value for name, value in os.environ.items() if not re.match("HF_|.*_proxy$", name, re.IGNORECASE)}
-    changed = {"HF_ENDPOINT": address, "HF_HOME": str(home / ".cache"), "CUDA_VISIBLE_DEVICES": ""}
+    changed = {"HF_ENDPOINT": address, "HF_HOME": str(home / ".cache"), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ROOT}
+    script, *flags = command
     return subprocess.run(
-        [sys.executable, ROOT / command[0], *command[1:]],
+        [sys.executable, *([ROOT / script] if script.endswith(".py") else ["-m", script]), *flags],
         cwd=home, env=kept | changed, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
@@ -121,7 +135,7 @@ def refusal(command, address, home):
 
 @pytest.fixture(scope="module")
 def made(hub, tmp_path_factory):
-    """The folder in which `make gpt2` has run."""
+    """The folder in which `make gpt2 FULL=1` has run."""
     home = tmp_path_factory.mktemp("made")
     for command in make_gpt2().values():
         done = start(command, hub[0], home)
@@ -169,6 +183,17 @@ def test_a_model_that_the_hub_does_not_have(hub, tmp_path):
     stories(40).input.to_csv(tmp_path / "stories.csv", index=False)
     command = "finetuning_nlg.py --data stories.csv --policy gpt2 --reward someone/nothing".split()
     assert "--reward someone/nothing cannot be loaded" in refusal(command, hub[0], tmp_path)
+
+
+@pytest.mark.parametrize(("name", "training", "queries"), [("sentiment", 6, 12), ("ethics", 36, 4)])
+def test_the_data_of_the_pretrained_tasks(hub, tmp_path, name, training, queries):
+    """12 reviews a split; 20 stories with two actions, of which 16 are to train on, and 40 cases of ETHICS."""
+    done = start(["experiments.real_data", name, "--source", "hub", "--out", "rows"], hub[0], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for who in ("reward", "judge"):
+        assert len(pd.read_csv(tmp_path / "rows" / who / "train.csv")) == pytest.approx(training, abs=8)
+    openings = pd.concat([pd.read_csv(tmp_path / "rows" / "queries" / f"{half}.csv") for half in ("train", "valid")])
+    assert len(openings) == queries
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path):

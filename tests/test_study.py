@@ -245,7 +245,7 @@ def test_the_measures_of_both_kinds_of_frames(chain, monkeypatch):
     monkeypatch.setattr(hard_frames, "SAMPLES", 5)
     monkeypatch.setattr(hard_frames.models, "continuations", lambda model, tokenizer, queries, *_: texts)
     monkeypatch.setattr(hard_frames.rewards, "log_odds", lambda model, tokenizer, texts, device: np.ones(len(texts)))
-    settings = {"response_length": 8, "temperature": 0.7, "missing_stop_score": -1.0}
+    settings = {"response_length": 8, "temperature": 0.7, "missing_stop_score": -1.0, "reward": ["models/cls"]}
     measures = hard_frames.measure("models/nlg", ["A", "The"], settings, torch.device("cpu"))
     assert measures["all"] == {"texts": 10, "valid": 0.8}
     mean = {"classifier_mean": 1 / (1 + np.exp(-1))}

