@@ -58,6 +58,12 @@ def train_classifier(variant: str) -> list[str]:
     return [f"train_cls.py {flags} --rows {rows} --epochs {PASSES[rows]} {out} --seed {{seed}}"]
 
 
+# the search for the settings of pretrained models, on one task; `make pretrained TASK=sentiment` first
+HOME = "models/pretrained/sentiment"
+SENTIMENT = f"--policy models/smollm2 --reward {HOME}/reward --data {HOME}/rows/queries --gold {HOME}/judge"
+SENTIMENT += " --query-length 8 --response-length 24 --stop ."
+
+
 HUMAN = "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl"
 GRIDS = {
     # a fifth of the episodes of a default run, so that the grid is done in half an hour or two on a laptop
@@ -130,6 +136,26 @@ GRIDS = {
         },
         JUDGE,
         setup=train_on_real_data,
+    ),
+    "recipe": Grid(
+        5120,
+        {
+            "default": "",
+            "lr_1e-5": "--lr 1e-5",
+            "lr_1e-4": "--lr 1e-4",
+            "kl_coef_0.05": "--kl-coef 0.05",
+            "kl_coef_0.2": "--kl-coef 0.2",
+            "adaptive_kl": "--target-kl 3 --kl-horizon 2560",
+            "kl_start_4": "--kl-start 4",
+            "batch_64": "--batch-size 64",
+            "batch_256": "--batch-size 256",
+            "K2": "--ppo-epochs 2",
+            "muon_lr_1e-4": "--optimizer muon --lr 1e-4",
+            "critic": "--value-coef 0.1",
+            "leave_one_out": "--leave-one-out --answers 4",
+        },
+        f"--queries 32 --samples 16 --reference-samples 256 --batch-size 256 --gold {HOME}/judge",
+        shared=SENTIMENT,
     ),
     "labels": Grid(
         10_240,

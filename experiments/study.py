@@ -7,6 +7,7 @@
     python -m experiments.study stability --seeds 5    # PPO epochs and learning rates, up to those that break a run
     python -m experiments.study details                # one detail of PPO wrong
     python -m experiments.study models                 # generators of other sizes and architectures
+    python -m experiments.study recipe --seeds 1       # settings for pretrained models
     python -m experiments.study data                   # sentiment and ethics, from the files of --source
     python -m experiments.study ablations --cluster slurm --partition gpu
 

@@ -15,7 +15,7 @@ from scipy import stats
 
 # KL coefficients [G] in SD per nat, rising: the optimum at the first is nearly the best sample, at the last nearly the
 # reference
-BETAS = np.geomspace(1e-2, 1e2, 161)
+BETAS = np.geomspace(1e-4, 1e2, 241)
 
 
 def optimum(scores: np.ndarray, betas: np.ndarray = BETAS) -> dict[str, np.ndarray]:

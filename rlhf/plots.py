@@ -232,6 +232,10 @@ def save_details(results: Path) -> Path:
     return save_ablations(results, "One implementation detail wrong at a time")
 
 
+def save_recipe(results: Path) -> Path:
+    return save_ablations(results, "SmolLM2-135M on sentiment: one setting changed at a time")
+
+
 def save_models(results: Path) -> Path:
     return save_ablations(results, "Other generators (layers x width)")
 

@@ -40,15 +40,23 @@ def test_the_optimum_of_normal_scores_is_the_shifted_normal():
 
 def test_a_policy_on_the_frontier_has_all_of_the_optimum():
     scores = np.random.default_rng(1).normal(size=(20, 256))
-    best = frontier.optimum(scores, frontier.BETAS[[80]])
+    best = frontier.optimum(scores, frontier.BETAS[[160]])
     fraction, (low, high) = frontier.fraction_of_optimum(best["score"][0], best["kl"][0], scores)
     assert fraction == pytest.approx(1, abs=1e-3)
     assert low <= fraction <= high + 1e-3 and high - low < 0.05
 
 
+def test_the_frontier_goes_on_where_scores_are_nearly_all_or_nothing():
+    """Good texts score 1 and bad ones 0, but for a hundredth; choosing a good one takes log 2 nats, and PPO takes more."""
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 2, size=(8, 1024)) + rng.normal(scale=0.01, size=(8, 1024))
+    kl = frontier.optimum(scores)["kl"].mean(1)
+    assert (kl > 2).any() and (np.diff(kl) < 0).all()
+
+
 def test_half_the_gain_is_half_the_optimum():
     scores = np.random.default_rng(1).normal(size=(20, 256))
-    best, before = frontier.optimum(scores, frontier.BETAS[[80]]), scores.mean(1)
+    best, before = frontier.optimum(scores, frontier.BETAS[[160]]), scores.mean(1)
     halfway = (best["score"][0] + before) / 2
     fraction, (low, high) = frontier.fraction_of_optimum(halfway, best["kl"][0], scores)
     assert fraction == pytest.approx(0.5, abs=1e-3) and low < 0.5 < high
