@@ -47,7 +47,7 @@ def test_a_policy_on_the_frontier_has_all_of_the_optimum():
 
 
 def test_the_frontier_goes_on_where_scores_are_nearly_all_or_nothing():
-    """Good texts score 1 and bad ones 0, but for a hundredth; choosing a good one takes log 2 nats, and PPO takes more."""
+    """Good texts score 1 and bad ones 0, but for a hundredth. To choose a good one takes log 2 nats; PPO takes more."""
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 2, size=(8, 1024)) + rng.normal(scale=0.01, size=(8, 1024))
     kl = frontier.optimum(scores)["kl"].mean(1)
