@@ -139,6 +139,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
         rollout = collect(
             policy, reference, *data.encode_queries(tokenizer, batch, device), sampling, sample_rng,
             forward_batch=args.forward_batch, minibatches=minibatches,
+            shortest_query=data.shortest_query(args.query_length) if args.query_kl else None,
         )  # fmt: skip
         clock.lap("rollout")
 

@@ -201,11 +201,16 @@ def losses(
     policy: PolicyWithValue, reference, rollout: Rollout, advantages: Tensor, returns: Tensor, kl_weight: float,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss of a few rows of a rollout, its METRICS, both summed over real tokens, and the largest |ratio - 1|."""
-    logprobs, values, kl = evaluate(policy, reference, rollout, settings.temperature)
+    """The loss of a few rows of a rollout, its METRICS, both summed over real tokens, and the largest |ratio - 1|.
+
+    Where the rollout was evaluated inside its queries too, the KL there is in the loss: no reward and no other penalty
+    would hold the policy after the beginning of a query, and a shorter query may end just there.
+    """
+    logprobs, values, kl, query_kl = evaluate(policy, reference, rollout, settings.temperature)
     policy_losses, ratio = policy_loss(logprobs, rollout.logprobs, advantages, settings.clip_range)
     value_losses, value_clipped = value_loss(values, rollout.values, returns, settings.value_clip_range)
-    loss = rollout.sum(policy_losses + settings.value_coef * value_losses + kl_weight * kl)
+    per_token = policy_losses + settings.value_coef * value_losses + kl_weight * kl
+    loss = rollout.sum(per_token) + kl_weight * query_kl.sum()
     with torch.no_grad():
         approx_kl, deviation = 0.5 * (logprobs - rollout.logprobs) ** 2, (ratio - 1).abs()
         per_token = policy_losses, value_losses, approx_kl, deviation > settings.clip_range, value_clipped

@@ -7,7 +7,7 @@ from typing import NamedTuple
 # models/<grid>/inputs/<run>.
 
 
-EARLIER = "--ppo-epochs 1"  # the default when these grids were run
+EARLIER = "--ppo-epochs 1 --no-query-kl --kl-coef 0.15 --kl-start 4"  # the default when these grids were run
 
 
 class Grid(NamedTuple):

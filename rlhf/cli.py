@@ -168,6 +168,11 @@ def add_kl_flags(group: argparse._ArgumentGroup) -> None:
         default="exact",
         help="exact: over the vocabulary; sampled: of the sampled token, as in [3]",
     )
+    group.add_argument(
+        "--query-kl",
+        action=argparse.BooleanOptionalAction,
+        help=ppo_recipe("query_kl", "penalise the exact KL inside queries too, where a shorter query could have ended"),
+    )
     group.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
     group.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
     group.add_argument("--kl-limit", type=POSITIVE, default=20.0, help="warn of a KL above, in nats a response")

@@ -267,6 +267,11 @@ def opening(text: str) -> str:
     return sentence if rest else " ".join(words[: (len(words) + 1) // 2])
 
 
+def shortest_query(length: int) -> int:
+    """The shortest query where the longest has `length` tokens."""
+    return max(1, length // 2)
+
+
 def split_queries(texts: list[str], tokenizer, length: int) -> tuple[list[str], list[str]]:
     """The queries of these texts: those for training, and those for evaluation only, about a fifth.
 
@@ -274,7 +279,7 @@ def split_queries(texts: list[str], tokenizer, length: int) -> tuple[list[str], 
     text's checksum decides how many. The query's own checksum decides on which side it is, so that equal queries are
     on the same side in every script and every run.
     """
-    shortest = max(1, length // 2)
+    shortest = shortest_query(length)
     rows = tokenizer([opening(text) for text in texts], add_special_tokens=False)["input_ids"]
     lengths = [shortest + zlib.crc32(text.encode()) % (length - shortest + 1) for text in texts]
     training, held_out = [], []

@@ -148,6 +148,14 @@ def token_statistics(
     return TokenStatistics(*(torch.cat(chunk) for chunk in zip(*statistics, strict=True)))
 
 
+@torch.no_grad()
+def log_totals(model, states: Tensor, temperature: float) -> Tensor:
+    """Hidden states [N, H] -> log of the sum of exp(logits) [N]."""
+    head, states = head_of(model, temperature), states / temperature
+    totals = [head.logits(states[rows]).logsumexp(1) for rows in chunks(len(states), head.weight)]
+    return torch.cat(totals) if totals else states.new_zeros(0)
+
+
 def softmax_pieces(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits [N, V], which change, and ids [N] -> logits less their largest, their exp, its sum, log-probabilities."""
     logits -= logits.amax(1, keepdim=True)

@@ -2,7 +2,7 @@
 
 Shapes as in ppo.py: B sequences, Q query tokens (padded on the left), R response tokens (padded on the right), T = Q +
 R, H hidden size. Tensors per token are [B, R] and 0 on padding. The models see the N real response tokens only, one
-after the other; `pack` and `unpack` translate.
+after the other; `pack` and `unpack` translate. M tokens inside the queries can be evaluated too, behind these N.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from rlhf import distributed, fast_path
-from rlhf.policy import PolicyWithValue, hidden_states, logprobs_and_kl, token_statistics
+from rlhf.policy import PolicyWithValue, hidden_states, log_totals, logprobs_and_kl, token_statistics
 from rlhf.precision import is_bfloat16
 from rlhf.sampling import Sampling, real_tokens, sample
 
-NOT_PER_TOKEN = ("query_ids", "query_mask", "lengths", "terminated", "minibatches")
+ON_CPU = ("lengths", "prefixes")
+NOT_PER_TOKEN = ("query_ids", "query_mask", "terminated", "ref_query_states", "ref_query_log_totals")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Responses:
     response_ids: Tensor  # [B, R]
     response_mask: Tensor  # [B, R], 1 up to and with the stop token
     lengths: Tensor  # [B], real response tokens; on the CPU, so that making indices does not wait for a GPU
+    prefixes: Tensor  # [B], tokens inside the query that are evaluated too: its last ones but one; on the CPU
 
     def select(self, rows: Tensor, *others: Tensor):
         """The same of b rows [b], R cut to their longest response; and, if there are any, of other tensors [B, R]."""
@@ -39,7 +41,7 @@ class Responses:
             value = getattr(self, name)
             if name == "minibatches":
                 return ()
-            if name == "lengths":
+            if name in ON_CPU:
                 return value[rows]
             value = value.index_select(0, on_device)
             return value if name in NOT_PER_TOKEN else value[:, :longest]
@@ -56,17 +58,38 @@ class Responses:
         return torch.cat([self.query_mask, self.response_mask], 1)
 
     @cached_property
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """The N real response tokens among all B * R, and the tokens before them among all B * T."""
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The N real response tokens among all B * R; the tokens before them among all B * T; the M tokens inside the
+        queries among all B * Q."""
         query, width = self.query_ids.shape[1], self.response_ids.shape[1]
         row, column = (torch.arange(width) < self.lengths.unsqueeze(1)).nonzero(as_tuple=True)
         real, before = row * width + column, row * (query + width) + query + column - 1
-        return tuple(x.to(self.query_ids.device, non_blocking=True) for x in (real, before))
+        from_the_end = torch.arange(query - 1, -1, -1)  # the last token of a query predicts the response
+        inside = (from_the_end > 0) & (from_the_end <= self.prefixes.unsqueeze(1))
+        inside = inside.flatten().nonzero().squeeze(1)
+        return tuple(x.to(self.query_ids.device, non_blocking=True) for x in (real, before, inside))
 
     @property
     def predicting(self) -> Tensor:
-        """[N], places among all B * T: the tokens whose hidden states predict the response tokens."""
-        return self._places[1]
+        """[N + M], places among all B * T: the tokens whose hidden states predict the response tokens, and those inside
+        the queries."""
+        _, before, inside = self._places
+        query, width = self.query_ids.shape[1], self.response_ids.shape[1]
+        return torch.cat([before, inside + inside // query * width])
+
+    @property
+    def predicted(self) -> Tensor:
+        """[N + M], the tokens that come there."""
+        return torch.cat([self.pack(self.response_ids), self.query_ids.flatten()[self._places[2] + 1]])
+
+    def pack_queries(self, x: Tensor) -> Tensor:
+        """[B, Q, ...] -> [M, ...], the tokens inside the queries."""
+        return x.flatten(0, 1).index_select(0, self._places[2])
+
+    def unpack_queries(self, x: Tensor) -> Tensor:
+        """[M, ...] -> [B, Q, ...], with zeros elsewhere."""
+        batch, width = self.query_ids.shape
+        return fast_path.Put.apply(x, self._places[2], batch * width).view(batch, width, *x.shape[1:])
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, R, ...] -> [N, ...], the real tokens."""
@@ -94,6 +117,8 @@ class Rollout(Responses):
     entropy: Tensor  # [B, R], of the policy at every token
     ref_log_totals: Tensor  # [B, R], log of the sum of exp(logits) of the reference
     ref_states: Tensor  # [B, R, H], the reference's last hidden states: with its output layer, its distributions
+    ref_query_states: Tensor  # [B, Q, H], the same inside the queries, where `prefixes` says
+    ref_query_log_totals: Tensor  # [B, Q]
     minibatches: tuple[Tensor, ...]  # rows of each minibatch of the update's first pass
 
     @property
@@ -135,8 +160,11 @@ def collect(
     *,
     forward_batch: int,
     minibatches: tuple[Tensor, ...] | None = None,
+    shortest_query: int | None = None,
 ) -> Rollout:
     """Sample a response to each of the queries [B, Q], and evaluate policy and reference on every token.
+
+    shortest_query: after so many tokens a query could have ended; what comes next inside the queries is evaluated too.
 
     In float32 the policy's hidden states are those that the sampler saw. In bfloat16 the sampler's differ by rounding
     from those of the update, so they are computed again, in the same batches as in the update's first pass over
@@ -147,7 +175,9 @@ def collect(
     lengths = mask.sum(1).cpu()
     longest = int(lengths.max())
     response_ids, mask = response_ids[:, :longest], mask[:, :longest]
-    responses = Responses(query_ids, query_mask, response_ids, mask, lengths)
+    query_lengths = query_mask.sum(1).cpu()
+    prefixes = (query_lengths - (shortest_query or query_ids.shape[1])).clamp(min=0)
+    responses = Responses(query_ids, query_mask, response_ids, mask, lengths, prefixes)
     minibatches = minibatches or (torch.arange(len(mask)),)
     evaluated = {}
     for rows in (rows for minibatch in minibatches for rows in forward_batches(minibatch, lengths, forward_batch)):
@@ -155,28 +185,41 @@ def collect(
         known_states = None if is_bfloat16(policy.in_precision()) else part.pack(part_states)
         on_device = rows.to(mask.device, non_blocking=True)
         for name, x in first_evaluation(policy, reference, part, sampling.temperature, known_states).items():
-            whole = evaluated.setdefault(name, x.new_zeros(len(mask), longest, *x.shape[2:]))
+            width = x.shape[1] if name in NOT_PER_TOKEN else longest
+            whole = evaluated.setdefault(name, x.new_zeros(len(mask), width, *x.shape[2:]))
             whole[on_device, : x.shape[1]] = x
-    return Rollout(query_ids, query_mask, response_ids, mask, lengths, terminated, **evaluated, minibatches=minibatches)
+    return Rollout(
+        query_ids, query_mask, response_ids, mask, lengths, prefixes, terminated, **evaluated, minibatches=minibatches
+    )
 
 
 def first_evaluation(
     policy: PolicyWithValue, reference, part: Responses, temperature: float, states: Tensor | None
 ) -> dict[str, Tensor]:
-    """The fields of a Rollout that policy and reference say, [B, R] each. states [N, H]: the policy's, if known."""
-    states, values = policy(part.ids, part.mask, part.predicting, states)
+    """The fields of a Rollout that policy and reference say. states [N, H]: the policy's on the response, if known."""
+    real = len(part.pack(part.response_ids))
     ref_states = hidden_states(reference, part.ids, part.mask, part.predicting)
-    response_ids = part.pack(part.response_ids)
-    statistics = token_statistics(policy.in_precision(), states, reference, ref_states, response_ids, temperature)
+    places = part.predicting if states is None else part.predicting[:real]
+    states, values = policy(part.ids, part.mask, places, states)
+    says = states, reference, ref_states[: len(states)], part.predicted[: len(states)]
+    statistics = token_statistics(policy.in_precision(), *says, temperature)
     packed = statistics._asdict() | {"values": values, "ref_states": ref_states}
-    return {name: part.unpack(x) for name, x in packed.items()}
+    inside = {"ref_query_states": ref_states[real:]}
+    inside["ref_query_log_totals"] = log_totals(reference, ref_states[real:], temperature)
+    return {name: part.unpack(x[:real]) for name, x in packed.items()} | {
+        name: part.unpack_queries(x) for name, x in inside.items()
+    }
 
 
-def evaluate(policy: PolicyWithValue, reference, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def evaluate(
+    policy: PolicyWithValue, reference, rollout: Rollout, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities of a rollout's tokens under the policy as it is now, its values, and its exact KL to the
-    reference, [B, R] each, with gradients."""
+    reference, [B, R] each, and the same KL inside the queries [M]; with gradients."""
     states, values = policy(rollout.ids, rollout.mask, rollout.predicting)
-    reference_says = reference, rollout.pack(rollout.ref_states), rollout.pack(rollout.ref_log_totals)
-    response_ids = rollout.pack(rollout.response_ids)
-    logprobs, kl = logprobs_and_kl(policy.in_precision(), states, *reference_says, response_ids, temperature)
-    return tuple(rollout.unpack(x) for x in (logprobs, values, kl))
+    ref_states = torch.cat([rollout.pack(rollout.ref_states), rollout.pack_queries(rollout.ref_query_states)])
+    ref_log_totals = rollout.pack(rollout.ref_log_totals), rollout.pack_queries(rollout.ref_query_log_totals)
+    reference_says = reference, ref_states, torch.cat(ref_log_totals)
+    logprobs, kl = logprobs_and_kl(policy.in_precision(), states, *reference_says, rollout.predicted, temperature)
+    real = len(ref_log_totals[0])
+    return *(rollout.unpack(x[:real]) for x in (logprobs, values, kl)), kl[real:]

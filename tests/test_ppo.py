@@ -12,7 +12,7 @@ import ppo
 from rlhf import optim
 from rlhf.policy import PolicyWithValue, hidden_states
 from rlhf.rollout import collect as collect_responses
-from rlhf.rollout import shuffled_minibatches
+from rlhf.rollout import evaluate, shuffled_minibatches
 from rlhf.sampling import Sampling
 from tests.tiny import QUERIES, QUERY_MASK, SETTINGS, STOP, collect, generator, one_update
 
@@ -241,6 +241,20 @@ def test_padding_pays_and_teaches_nothing(tiny_model):
         one_update(policy, rollout, advantages, advantages, lr=0.01)
         after.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     assert torch.equal(*after)
+
+
+def test_the_kl_inside_queries_costs_what_the_kl_of_a_response_costs(tiny_model):
+    moved = copy.deepcopy(tiny_model)
+    moved.transformer.wte.weight.data *= 1.2
+    policy = PolicyWithValue(moved).eval()
+    inside, without = (collect(policy, tiny_model, shortest_query=shortest) for shortest in (2, None))
+    nothing = torch.zeros(inside.values.shape)
+    found, expected = (
+        ppo.losses(policy, tiny_model, rollout, nothing, nothing, 0.3, SETTINGS)[0] for rollout in (inside, without)
+    )
+    *_, query_kl = evaluate(policy, tiny_model, inside, SETTINGS.temperature)
+    assert (query_kl > 0.01).all() and len(query_kl) == 3
+    torch.testing.assert_close(found - expected, 0.3 * query_kl.sum(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_separate_value_network_leaves_the_policy_alone(tiny_model):

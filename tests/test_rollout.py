@@ -9,7 +9,7 @@ from torch import tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from rlhf.policy import PolicyWithValue, token_logits
-from rlhf.rollout import Responses, Rollout, forward_batches, shuffled_minibatches
+from rlhf.rollout import Responses, Rollout, evaluate, forward_batches, shuffled_minibatches
 from tests.tiny import QUERIES, QUERY_MASK, collect, generator
 
 
@@ -111,11 +111,41 @@ def test_selected_rows_are_cut_to_their_longest_response(tiny_model):
 def test_packed_are_the_real_tokens_and_unpacked_the_padding_is_0():
     lengths, ids = tensor([1, 3]), tensor([[1, 9, 9], [2, 3, 4]])
     mask = tensor([[1, 0, 0], [1, 1, 1]])
-    responses = Responses(tensor([[7], [8]]), tensor([[1], [1]]), ids, mask, lengths)
+    responses = Responses(tensor([[7], [8]]), tensor([[1], [1]]), ids, mask, lengths, prefixes=tensor([0, 0]))
     assert responses.pack(ids).tolist() == [1, 2, 3, 4]
     assert responses.unpack(tensor([1, 2, 3, 4])).tolist() == [[1, 0, 0], [2, 3, 4]]
     # the tokens before them, in rows of 1 query token and 3 of response: 7; 8, 2, 3
     assert responses.ids.flatten()[responses.predicting].tolist() == [7, 8, 2, 3]
+
+
+def test_what_is_evaluated_inside_the_queries():
+    """Queries 5 6 and 6 7 8: a shorter one could have ended after 5, after 6, and after 6 7."""
+    queries, mask = tensor([[0, 5, 6], [6, 7, 8]]), tensor([[0, 1, 1], [1, 1, 1]])
+    ids, lengths = tensor([[1, 9], [2, 3]]), tensor([1, 2])
+    responses = Responses(queries, mask, ids, tensor([[1, 0], [1, 1]]), lengths, prefixes=tensor([1, 2]))
+    assert responses.ids.flatten()[responses.predicting].tolist() == [6, 8, 2, 5, 6, 7]
+    assert responses.predicted.tolist() == [1, 2, 3, 6, 7, 8]
+    assert responses.pack_queries(queries).tolist() == [5, 6, 7]
+    assert responses.unpack_queries(tensor([1, 2, 3])).tolist() == [[0, 1, 0], [2, 3, 0]]
+
+
+def test_the_kl_inside_queries_is_that_of_a_plain_forward_pass(tiny_model):
+    """QUERIES have 2, 4 and 3 tokens: with 2 in the shortest, nothing, what comes after 2 and 3 tokens, and after 2."""
+    moved = copy.deepcopy(tiny_model)
+    moved.transformer.wte.weight.data *= 1.2
+    policy = PolicyWithValue(moved).eval()
+    rollout = collect(policy, tiny_model, shortest_query=2)
+    assert rollout.prefixes.tolist() == [0, 2, 1]
+    expected = []
+    for row, length in ((1, 2), (1, 3), (2, 2)):
+        beginning = QUERIES[row][QUERY_MASK[row].bool()][:length][None]
+        logp, ref_logp = ((model(beginning).logits[0, -1] / 0.7).log_softmax(-1) for model in (moved, tiny_model))
+        expected.append((logp.exp() * (logp - ref_logp)).sum())
+    *of_responses, inside = evaluate(policy, tiny_model, rollout, 0.7)
+    torch.testing.assert_close(inside, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    *without, nothing = evaluate(policy, tiny_model, collect(policy, tiny_model), 0.7)
+    assert len(nothing) == 0
+    torch.testing.assert_close(of_responses, without, atol=1e-5, rtol=1e-5)
 
 
 def test_a_pass_has_every_row_once_and_forward_batches_have_rows_of_similar_length():
