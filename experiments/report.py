@@ -36,7 +36,8 @@ How to read the tables:
 - Several seeds: the mean, and in brackets the lowest and the highest run.
 
 The grids (from the ablations on, but for the full-length runs) were run around the default of that time: one pass over
-a batch, K = 1, and queries from valid.txt only. Their *default* is that one.
+a batch (K = 1), queries from valid.txt only, no KL penalty inside the queries, a KL coefficient that falls from 0.6 to
+0.15, and a classifier that starts as the generator. Their *default* is that one.
 
 All runs are on two CPU cores, and on the shipped texts unless the section says otherwise. Speed is in
 [benchmarks/RESULTS.md](../benchmarks/RESULTS.md); killed runs, broken input and precision are in
