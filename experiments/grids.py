@@ -90,6 +90,15 @@ GRIDS = {
             "adaptive_kl": "--kl-coef 1 --target-kl 1 --kl-horizon 2560",
         },
     ),
+    "query_kl": Grid(
+        56_320,
+        {
+            f"{inside}_kl_coef_{kl_coef}": f"--{inside} --kl-coef {kl_coef} --kl-start {0.6 / kl_coef:g}"
+            for inside in ("query-kl", "no-query-kl")
+            for kl_coef in (0.1, 0.15)
+        },
+        shared="",
+    ),
     "overoptimisation": Grid(
         20_480, {f"kl_coef_{kl_coef}": f"--kl-coef {kl_coef}" for kl_coef in (0, 0.02, 0.05, 0.1, 0.2, 0.5)}
     ),

@@ -63,8 +63,8 @@ def hard_kinds() -> list[scenarios.Kind]:
     return [kind for frame in frames for kind in scenarios.kinds(frame)]
 
 
-def write_texts(folder: Path) -> None:
-    """data_nlg/ and as many texts of every kind of the hard frames, shuffled."""
+def write_texts(folder: Path, every: int = 1) -> None:
+    """data_nlg/ and as many texts of every kind of the hard frames, shuffled; of the training texts one in `every`."""
     rng = random.Random(1)
     folder.mkdir(parents=True, exist_ok=True)
     counts = {name: scenarios.ROWS_PER_KIND[f"nlg_{name}"] for name in ("train", "valid")}
@@ -75,6 +75,7 @@ def write_texts(folder: Path) -> None:
         texts["valid"] += new[counts["train"] :]
     for name, lines in texts.items():
         rng.shuffle(lines)
+        lines = lines[:: every if name == "train" else 1]
         (folder / f"{name}.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
 
 

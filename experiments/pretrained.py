@@ -74,7 +74,7 @@ def train_models(args: argparse.Namespace, home: Path) -> tuple[str, Path, str]:
     classify, generate = (f"{script} --resume --results {home}" for script in ("train_cls.py", "train_nlg.py"))
     from_encoder = f"{classify} --model {args.encoder} --lr 5e-5 --out {reward}"
     if args.task == "world":
-        hard_frames.write_texts(home / "texts")
+        hard_frames.write_texts(home / "texts", every=4)  # a pretrained model needs fewer
         run(from_encoder)
         run(f"{generate} --model {args.policy} --data {home}/texts --epochs 1 --out {home}/nlg")
         return f"{home}/nlg", reward, ""

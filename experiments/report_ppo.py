@@ -97,7 +97,12 @@ def roundings(results: Path) -> str:
         ),
         f"Between seeds the share of the optimum has a standard deviation of {100 * seeds:.1f} points, between the "
         f"means of the three roundings one of {100 * machines:.1f}.",
-        table_of_runs("", runs, ROUNDINGS, ["exact_fraction", *GOLD, "worst_query_kl", "worst_query_valid"]),
+        table_of_runs(
+            "",
+            runs,
+            {name: ROUNDINGS[name] for name in runs.variant.unique()},
+            ["exact_fraction", *GOLD, "worst_query_kl", "worst_query_valid"],
+        ),
         files(results, "python -m experiments.roundings", "roundings.csv"),
     )
 

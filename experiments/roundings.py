@@ -58,7 +58,7 @@ def main() -> None:
 def row(folder: Path) -> dict:
     """A run's row of the table, with what the gold judge said before PPO, and the worst query."""
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    worst = {f"worst_query_{name}": evaluation["worst_query"][name] for name in ("query", "kl", "valid", "ethics")}
+    worst = {f"worst_query_{name}": evaluation["worst_query"][name] for name in ("query", "valid", "ethics")}
     return row_of(folder) | {"gold_valid_before": evaluation["gold"]["valid_before"]} | worst
 
 

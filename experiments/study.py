@@ -7,6 +7,7 @@
     python -m experiments.study stability --seeds 5    # PPO epochs and learning rates, up to those that break a run
     python -m experiments.study details                # one detail of PPO wrong
     python -m experiments.study models                 # generators of other sizes and architectures
+    python -m experiments.study query_kl               # the KL penalty inside queries, with all the episodes
     python -m experiments.study recipe --seeds 1       # settings for pretrained models
     python -m experiments.study data                   # sentiment and ethics, from the files of --source
     python -m experiments.study ablations --cluster slurm --partition gpu
@@ -214,6 +215,7 @@ def row_of(folder: Path) -> dict:
         "ethics": evaluation["ethics_after"],
         "gold_ethical": evaluation["gold"]["ethical_after"],
         "gold_valid": evaluation["gold"]["valid_after"],
+        "worst_query_kl": evaluation.get("worst_query", {}).get("kl"),  # older evaluations lack it
         "entropy": evaluation["diversity"]["after"]["entropy"],
         "minutes": log[["seconds_rollout", "seconds_score", "seconds_update"]].to_numpy().sum() / 60,
     }

@@ -16,7 +16,7 @@ def commands(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "run", lambda command: started.append(command.partition(" ")[::2]))
     monkeypatch.setattr(pretrained, "unpack", lambda folder: started.append(("unpack", folder)))
     monkeypatch.setattr(pretrained, "show", lambda folder: None)
-    monkeypatch.setattr(pretrained.hard_frames, "write_texts", lambda folder: None)
+    monkeypatch.setattr(pretrained.hard_frames, "write_texts", lambda folder, every: None)
     monkeypatch.setattr(
         pretrained.hard_frames, "evaluate", lambda folder, device: started.append(("hard", str(folder)))
     )
