@@ -85,6 +85,8 @@ def test_flags_and_files_are_there(page):
     text = page.read_text(encoding="utf-8")
     code = "\n".join(path.read_text(encoding="utf-8") for folder in CODE for path in (ROOT / folder).glob("*.py"))
     known = set(re.findall(r'"(--[a-z][a-z-]*)"', code))
+    two_ways = re.findall(r'"--([a-z-]+)",\s+action=argparse\.BooleanOptionalAction', code)
+    known |= {f"--no-{name}" for name in two_ways}
     known |= {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}  # torchrun
     known |= {"--user", "--name", "--gpus", "--wrap"}  # SLURM
     known |= {"--help"}
