@@ -172,10 +172,9 @@ def collect(
     """
     response_ids, states = sample(policy.in_precision(), query_ids, query_mask, sampling, generator)
     mask, terminated = real_tokens(response_ids, sampling)
-    lengths = mask.sum(1).cpu()
+    lengths, query_lengths = torch.stack([mask.sum(1), query_mask.sum(1)]).cpu()  # one wait for a GPU
     longest = int(lengths.max())
     response_ids, mask = response_ids[:, :longest], mask[:, :longest]
-    query_lengths = query_mask.sum(1).cpu()
     prefixes = (query_lengths - (shortest_query or query_ids.shape[1])).clamp(min=0)
     responses = Responses(query_ids, query_mask, response_ids, mask, lengths, prefixes)
     minibatches = minibatches or (torch.arange(len(mask)),)

@@ -182,7 +182,12 @@ def test_three_updates_in_a_row_that_are_not_finite_stop_a_run(chain, monkeypatc
     assert last.startswith("error: update 4: the gradient of the loss is not finite, 3 updates in a row; lower --lr")
     state = torch.load(home / "models" / "nan.checkpoint", weights_only=True)
     assert all(weight.isfinite().all() for weight in state["state"]["policy"].values())
-    assert pd.read_csv(home / "data_results" / "nan" / "log.csv")["skipped"].tolist() == [0, 2, 2, 2]
+    assert pd.read_csv(home / "data_results" / "nan" / "log.csv")["skipped"].tolist() == [
+        0,
+        4,
+        4,
+        4,
+    ]  # 2 minibatches, K = 2
 
 
 def test_a_kl_beyond_the_limit_is_said_once(chain):
