@@ -82,7 +82,7 @@ def full_length(results: Path) -> str:
         claim(
             now.min() > falling.share.max(),
             "Two passes over a batch do, together with more queries, a KL penalty inside them, a KL coefficient that "
-            f"falls to 0.12, and another classifier: the default now, which ends at {spread(now, '{:.1%}')}.",
+            f"falls to 0.15, and another classifier: the default now, which ends at {spread(now, '{:.1%}')}.",
         ),
         "[log.md](log.md) lists all trials and takes some of these apart.",
         files(results, "python finetuning_nlg.py", "trials.csv"),

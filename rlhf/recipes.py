@@ -22,8 +22,8 @@ CLASSIFIER: Recipe = {
 PPO: Recipe = {
     "optimizer": ("muon", "adam"),
     "lr": (1e-3, 3e-5),
-    "kl_coef": (0.12, 0.1),
-    "kl_start": (5.0, 1.0),
+    "kl_coef": (0.15, 0.1),
+    "kl_start": (4.0, 1.0),
     "value_coef": (0.1, 0.0),
     "episodes": (56_320, 10_240),
     "batch_size": (256, 128),

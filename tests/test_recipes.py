@@ -57,7 +57,7 @@ def test_a_run_says_and_notes_its_settings(chain):
     home, said = chain
     assert "settings for a model from scratch: --optimizer muon, --lr 0.008, --epochs 1" in said["nlg"].stdout
     settings = json.loads((home / "data_results" / "K2_lr_1e-3_seed0" / "config.json").read_text())["settings"]
-    assert (settings["optimizer"], settings["lr"], settings["kl_start"]) == ("muon", 1e-3, 5.0)
+    assert (settings["optimizer"], settings["lr"], settings["kl_start"]) == ("muon", 1e-3, 4.0)
 
 
 @pytest.mark.parametrize(
