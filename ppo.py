@@ -129,9 +129,17 @@ def targets(rollout: Rollout, rewards: Tensor, kl_coef: float, settings: Setting
     return Targets(whiten(advantages, mask), returns, kl_weight)
 
 
+LEAST_DEVIATION = 0.01  # of scores whose deviation on the reference's texts is 1
+
+
 def masked_std(x: Tensor, mask: Tensor) -> Tensor:
-    """Standard deviation of x [B, R] over real tokens, from the biased variance as in [3]."""
-    return (masked_mean((x - masked_mean(x, mask)) ** 2, mask) + 1e-8).sqrt()
+    """Standard deviation of x [B, R] over real tokens, from the biased variance as in [3], or LEAST_DEVIATION.
+
+    A batch whose texts all get the same reward (none of them ends, say) has nothing to teach. Without a bound its
+    rounding errors would become advantages of size 1, and the KL would weigh a thousand times as much.
+    """
+    variance = masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    return (variance + 1e-8).sqrt().clamp(min=LEAST_DEVIATION)
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:

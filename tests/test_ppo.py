@@ -156,6 +156,16 @@ def test_targets_are_whitened_once_and_the_kl_weight_with_them(moved_rollout):
     assert ppo.targets(moved_rollout, rewards, 0.3, dataclasses.replace(SETTINGS, exact_kl=False)).kl_weight == 0
 
 
+def test_a_batch_of_equal_rewards_moves_nothing(moved_rollout):
+    """Its advantages are rounding errors, which whitening must not blow up, nor the weight of the KL with them."""
+    answers, mask = dataclasses.replace(SETTINGS, leave_one_out=3), moved_rollout.response_mask
+    rewards = ppo.token_rewards(tensor([0.1, 0.1, 0.1]), torch.zeros(mask.shape), mask, kl_coef=0.3)
+    rewards[0, 0] += 1e-6
+    found = ppo.targets(moved_rollout, rewards, 0.3, answers)
+    assert found.advantages.abs().max() < 1e-3  # 1e-6 / 0.01, where the deviation itself would make it 1
+    assert found.kl_weight == pytest.approx(0.3 / 0.01)
+
+
 def test_whitened_rewards_scale_the_kl_weight_too(moved_rollout):
     """The same objective in other units: the advantages are the same, and so is the KL's weight beside them."""
     rewards = 5 * ppo.rewards(moved_rollout, tensor([1.0, -2.0, 0.5]), 0.3, SETTINGS)
