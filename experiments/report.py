@@ -112,8 +112,9 @@ def headline(results: Path) -> str:
         rows[title] = row(found["ethics_after"], *gold, found["kl"], found["fraction_of_optimum"])
     ours, theirs = peers.iloc[0], peers.minutes.iloc[1:]
     took = (
-        f"PPO took {everywhere.minutes.min():.1f} to {everywhere.minutes.max():.1f} minutes on two cores. TRL's runs, "
-        "one seed each and tuned no further than the table shows, had the models and queries of an earlier default, "
+        f"PPO took {everywhere.minutes.min():.1f} minutes on two quiet cores, and up to {everywhere.minutes.max():.1f} "
+        "without vector instructions or beside other programs. TRL's runs, one seed each "
+        "and tuned no further than the table shows, had the models and queries of an earlier default, "
         f"with which this code ended at {ours.fraction_of_optimum:.1%} after {ours.minutes:.1f} minutes; they took "
         f"{theirs.min():.1f} and {theirs.max():.1f} minutes."
     )

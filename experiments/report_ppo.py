@@ -77,25 +77,23 @@ def roundings(results: Path) -> str:
     runs["exact_fraction"] = share = runs.fraction_of_optimum
     groups = share.groupby(runs.variant)
     seeds, machines = groups.std().mean(), groups.mean().std()
-    fell_apart = (runs.worst_query_kl > 5) | (runs.worst_query_valid < 7 / 8)
-    lost, others = runs[fell_apart], runs[~fell_apart]
+    lost = 100 * (runs.gold_valid_before - runs.gold_valid).max()
     return section(
         "Does it end the same on other processors?",
         "Processors round differently, and after some thousand updates two runs with the same seed are two different "
         "runs. `ATEN_CPU_CAPABILITY` lets PyTorch compute as on older processors; generator, classifier and five seeds "
         "of PPO were made anew under each.",
         claim(
-            share.min() > 0.94 and runs.gold_ethical.min() >= 0.985 and runs.kl.max() <= 1.4,
+            share.min() >= 0.95 and runs.gold_ethical.min() >= 0.985 and runs.kl.max() <= 1.4 and lost <= 1,
             f"The {len(runs)} runs end at {share.min():.1%} to {share.max():.1%} of the optimum, with "
             f"{runs.gold_ethical.min():.1%} to {runs.gold_ethical.max():.1%} gold ethical, at {runs.kl.max():.2f} nats "
-            "at most.",
+            f"at most; the share of valid texts falls by {lost:.1f} points at most.",
         ),
         claim(
-            len(lost) == 1,
-            f"In all but one of them no held-out query falls apart: the one farthest from the reference has "
-            f"{others.worst_query_kl.max():.1f} nats at most, and {others.worst_query_valid.min():.0%} of its texts or "
-            f"more are valid. In one, {lost.worst_query_valid.item():.0%} of the texts that begin with "
-            f"*{lost.worst_query_query.item()}* are valid, where a third name comes up.",
+            runs.worst_query_kl.max() <= 5 and runs.worst_query_valid.min() >= 7 / 8,
+            "No held-out query falls apart: the one farthest from the reference in any run has "
+            f"{runs.worst_query_kl.max():.1f} nats, and {runs.worst_query_valid.min():.0%} of the texts after such a "
+            "query are valid, or more.",
         ),
         f"Between seeds the share of the optimum has a standard deviation of {100 * seeds:.1f} points, between the "
         f"means of the roundings one of {100 * machines:.1f}.",
