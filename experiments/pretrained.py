@@ -32,7 +32,7 @@ LENGTHS = {
     "ethics": "--query-length 64 --response-length 32 --stop .",
     "world": "",
 }
-EVALUATION = "--samples 16 --reference-samples 256 --batch-size 256"
+EVALUATION = "--queries 32 --samples 16 --reference-samples 256 --batch-size 256"
 SHOWN = 4  # pairs of texts at the end
 
 

@@ -144,9 +144,8 @@ def add_reward_flags(group: argparse._ArgumentGroup) -> None:
         help="folder or hub name of a reward model, FILE.py:FUNCTION, or human; several are standardized, weighted "
         "and added (default: models/cls)",
     )
-    group.add_argument(
-        "--reference-samples", type=SAMPLE_COUNT, default=4096, help="samples of the reference that standardize scores"
-    )
+    samples_help = "samples of the reference that standardize scores"
+    group.add_argument("--reference-samples", type=SAMPLE_COUNT, help=ppo_recipe("reference_samples", samples_help))
     group.add_argument(
         "--missing-stop-score", type=number(float), default=-1.0, help="score of a response that does not end"
     )

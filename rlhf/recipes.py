@@ -29,6 +29,7 @@ PPO: Recipe = {
     "batch_size": (256, 128),
     "ppo_epochs": (2, 1),
     "query_kl": (True, False),
+    "reference_samples": (4096, 1024),
 }
 
 
