@@ -25,6 +25,7 @@ from rlhf import (
     data,
     distributed,
     gold,
+    lora,
     model_card,
     models,
     optim,
@@ -52,6 +53,7 @@ def parse_args() -> argparse.Namespace:
         "--policy", default="models/nlg", help="folder, .gguf file or hub name of the generator to improve"
     )
     model_flags.add_argument("--out", default="models/nlg_ppo", help="folder to write")
+    cli.add_lora_flag(model_flags)
     model_flags.add_argument("--separate-value", action="store_true", help="a value network, not a head on the policy")
     cli.add_rollout_flags(parser.add_argument_group("rollout"))
     cli.add_reward_flags(parser.add_argument_group("reward"))
@@ -66,7 +68,8 @@ def parse_args() -> argparse.Namespace:
     cli.add_machine_flags(parser)
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
-    recipes.fill(args, recipes.PPO, args.policy)
+    recipes.fill(args, recipes.with_lora(recipes.PPO, args.lora), args.policy)
+    cli.check_lora(args, args.policy, "--policy")
     if args.batch_size % args.minibatches:
         raise UserError(f"--batch-size {args.batch_size} cannot be divided into --minibatches {args.minibatches}")
     if args.leave_one_out and args.answers < 2:
@@ -108,7 +111,13 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     sample_rng = torch.Generator().manual_seed(args.seed + 100_003 * distributed.rank())  # one of every process
     shuffle_rng = torch.Generator().manual_seed(args.seed)  # the same in all of them
     log = new_log(args, updates, tokenizer, reward, judge)
-    state = {"policy": policy, "optimizer": optimizer, "kl": kl_schedule, "queries": query_stream, "reward": reward}
+    state = {
+        "policy": lora.TrainedWeights(policy),
+        "optimizer": optimizer,
+        "kl": kl_schedule,
+        "queries": query_stream,
+        "reward": reward,
+    }
     state |= {"random": checkpoint.RandomState(sample_rng, shuffle_rng), "log": log}
     state |= {"human": human} if human else {}
     settings, sampling = ppo_settings(args), sampling_of(args, tokenizer)
@@ -179,7 +188,10 @@ class ReferenceSamples(NamedTuple):
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
-    """The reference, a copy of it that becomes the policy, their tokenizer, and the precision of matrix products."""
+    """The reference, a copy of it that becomes the policy, their tokenizer, and the precision of matrix products.
+
+    With --lora the policy is the reference with adapters, and holds no other weights of its own.
+    """
     reference, tokenizer = models.load_policy(args.policy, "--policy")
     tokens = args.query_length + args.response_length
     models.check_length(reference, tokenizer, tokens, "--query-length and --response-length")
@@ -188,9 +200,10 @@ def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
             f"--batch-size {args.batch_size} cannot be divided into --answers {args.answers} to a query"
             + (f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else "")
         )
-    model = copy.deepcopy(reference.to(device))
-    dtype = precision.choose(args.precision, device, model)
-    return precision.freeze(reference, dtype), model, tokenizer, dtype
+    dtype = precision.choose(args.precision, device, reference.to(device))
+    model = None if args.lora else copy.deepcopy(reference)
+    precision.freeze(reference, dtype)
+    return reference, model or lora.with_adapters(reference, args.lora, args.policy), tokenizer, dtype
 
 
 def load_human(args: argparse.Namespace, device: torch.device, updates: int) -> feedback.HumanFeedback:

@@ -21,7 +21,7 @@ from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import checkpoint, cli, data, model_card, models, precision, recipes, rewards, runtime, supervised
+from rlhf import checkpoint, cli, data, lora, model_card, models, precision, recipes, rewards, runtime, supervised
 from rlhf.data import Choices
 from rlhf.supervised import FitSettings
 
@@ -44,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
     model.add_argument("--out", default="models/cls", help="folder to write")
+    cli.add_lora_flag(model)
     training = parser.add_argument_group("training")
     recipe = functools.partial(recipes.described, recipes.CLASSIFIER)
     training.add_argument("--epochs", type=cli.COUNT, help=recipe("epochs", "passes over the labelled texts"))
@@ -70,7 +71,8 @@ def parse_args() -> argparse.Namespace:
     cli.add_machine_flags(parser)
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
     args = parser.parse_args()
-    recipes.fill(args, recipes.CLASSIFIER, args.model)
+    recipes.fill(args, recipes.with_lora(recipes.CLASSIFIER, args.lora), args.model)
+    cli.check_lora(args, args.model, "--model")
     is_new = models.is_scratch(args.model)
     if is_new and args.data == parser.get_default("data") and Path(LM_DATA).is_dir():
         args.lm_data = args.lm_data or LM_DATA
@@ -110,6 +112,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     dtype = precision.choose(args.precision, device, model)
     runtime.print_device(device, dtype)
     print(recipes.summary(args, recipes.CLASSIFIER, args.model))
+    if args.lora:
+        model = lora.with_adapters(precision.freeze(model, dtype), args.lora, args.model)
     precision.set_precision(model, dtype)
     max_length = min(args.max_length, models.max_length(model, tokenizer))
     ids = supervised.encode(tokenizer, training.texts, max_length)

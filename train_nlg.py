@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf import checkpoint, cli, data, gold, model_card, models, precision, recipes, runtime, supervised
+from rlhf import checkpoint, cli, data, gold, lora, model_card, models, precision, recipes, runtime, supervised
 from rlhf.sampling import Sampling
 
 SHOWN = 5  # samples printed at each temperature
@@ -31,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
     model.add_argument("--out", default="models/nlg", help="folder to write")
+    cli.add_lora_flag(model)
     training = parser.add_argument_group("training")
     recipe = functools.partial(recipes.described, recipes.GENERATOR)
     training.add_argument("--epochs", type=cli.COUNT, help=recipe("epochs", "passes over the training texts"))
@@ -44,7 +45,8 @@ def parse_args() -> argparse.Namespace:
     cli.add_machine_flags(parser)
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
     args = parser.parse_args()
-    recipes.fill(args, recipes.GENERATOR, args.model)
+    recipes.fill(args, recipes.with_lora(recipes.GENERATOR, args.lora), args.model)
+    cli.check_lora(args, args.model, "--model")
     return args
 
 
@@ -72,6 +74,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     dtype = precision.choose(args.precision, device, model)
     runtime.print_device(device, dtype)
     print(recipes.summary(args, recipes.GENERATOR, args.model))
+    if args.lora:
+        model = lora.with_adapters(precision.freeze(model, dtype), args.lora, args.model)
     precision.set_precision(model, dtype)
 
     # fit
@@ -86,7 +90,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
 
     # report
     metrics = {"valid_perplexity": min(row["perplexity"] for row in history)}
-    writer = precision.freeze(copy.deepcopy(model), dtype)
+    writer = model if args.lora else precision.freeze(copy.deepcopy(model), dtype)
     judge = gold.load_judge(args.gold, texts["valid"], device, args.precision)
     metrics |= judge_samples(args, writer, tokenizer, queries, judge)
     record = {"results": metrics, "history": history, "settings": vars(args)} | runtime.provenance(device, dtype)

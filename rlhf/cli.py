@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -99,6 +100,30 @@ def add_data_flags(parser: argparse.ArgumentParser, default: str) -> argparse._A
         help="column of the text; several joined by + make one text, several names give several texts a row",
     )
     return group
+
+
+def add_lora_flag(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora",
+        type=COUNT,
+        metavar="RANK",
+        help="train adapters of this rank beside the linear layers, and not the weights; the learning rate is then ten "
+        "times that of Adam, unless it is given; the adapters are written to OUT/adapter, and merged to OUT",
+    )
+
+
+def check_lora(args: argparse.Namespace, name: str, flag: str) -> None:
+    """Refuse --lora for a model, which `flag` names, and with settings that do not go with it."""
+    if args.lora is None:
+        return
+    if name.partition(":")[0] == "scratch":
+        raise UserError(f"--lora adapts a model that has learned something, and {flag} {name} has not; train it first")
+    if Path(name).resolve() == Path(args.out).resolve():
+        raise UserError(f"--lora needs the model under its adapters later too: give an --out other than {flag} {name}")
+    if args.optimizer == "muon":
+        raise UserError("--lora trains with Adam: Muon is for whole matrices; leave out --optimizer muon")
+    if getattr(args, "separate_value", False):
+        raise UserError("--lora with --separate-value would train a second body in full; leave out one of them")
 
 
 def add_gold_flag(group: argparse._ArgumentGroup) -> None:

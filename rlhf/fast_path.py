@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import GPT2Model, LlamaModel
 
+from rlhf.lora import adapter_output
 from rlhf.precision import body_class, low_precision_products
 
 
@@ -59,10 +60,8 @@ class Llama:
     def heads(self, layer: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Heads:
         attention = layer.self_attn
         projections = attention.q_proj, attention.k_proj, attention.v_proj
-        weight = torch.cat([each.weight for each in projections])  # one large product is faster than three
-        bias = None if attention.q_proj.bias is None else torch.cat([each.bias for each in projections])
-        fused = linear(rms_norm(layer.input_layernorm, hidden, weight.dtype), weight, bias)
-        fused = fused.view(len(hidden), -1, attention.head_dim)
+        normed = rms_norm(layer.input_layernorm, hidden, attention.q_proj.weight.dtype)
+        fused = side_by_side(projections, normed).view(len(hidden), -1, attention.head_dim)
         values = len(attention.v_proj.weight) // attention.head_dim
         turned = rotated(fused[:, :-values], *rotation)
         return Heads(turned[:, :-values], turned[:, -values:], fused[:, -values:])
@@ -73,6 +72,16 @@ class Llama:
 
     def norm(self, hidden: Tensor) -> Tensor:
         return rms_norm(self.body.norm, hidden, hidden.dtype)
+
+
+def side_by_side(layers: tuple[nn.Module, ...], x: Tensor) -> Tensor:
+    """The outputs of linear layers for the same x [M, H], next to each other."""
+    weight = torch.cat([layer.weight for layer in layers])  # one large product is faster than three
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    outputs = linear(x, weight, bias)
+    if type(layers[0]) is nn.Linear:
+        return outputs
+    return outputs + torch.cat([adapter_output(layer, x) for layer in layers], 1)
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

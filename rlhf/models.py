@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN, NewGELUActivation
 
-from rlhf import distributed, runtime
+from rlhf import distributed, lora, runtime
 from rlhf.data import encode_queries
 from rlhf.errors import UserError
 from rlhf.runtime import offline_without_network
@@ -171,8 +171,11 @@ def fuse_gelu(model: PreTrainedModel) -> None:
 
 
 def load_policy(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model that PPO can train, and its tokenizer."""
-    model, tokenizer = load_pretrained(AutoModelForCausalLM, name, flag)
+    """A causal language model that PPO can train, and its tokenizer. Adapters of a folder are merged into it."""
+    base = lora.base_of_folder(name, flag)
+    model, tokenizer = load_pretrained(AutoModelForCausalLM, base or name, flag)
+    if base:
+        model = lora.merge_folder(model, name, flag)
     if tokenizer.eos_token is None:
         raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token")
     ids = torch.arange(2).unsqueeze(0)
@@ -245,14 +248,27 @@ def generation_config(tokenizer, sampling: Sampling) -> GenerationConfig:
 # saving
 
 
+def head_options(model: PreTrainedModel) -> dict:
+    """What from_pretrained must be told to give a model the classification head that this one has, if it has one."""
+    names = ("id2label", "label2id") if model.get_output_embeddings() is None else ()
+    return {name: getattr(model.config, name) for name in names}
+
+
 @distributed.main_process_only
 def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict | None = None) -> None:
-    """Write model, tokenizer, README.md (the model card) and metrics.json, all or nothing."""
+    """Write model, tokenizer, README.md (the model card) and metrics.json, all or nothing.
+
+    A model with adapters is written merged, in float32, and the adapters in a folder inside.
+    """
     folder = Path(folder)
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
+        if lora.has_adapters(model):
+            lora.save_adapters(model, fresh / lora.FOLDER)
+            base, _ = load_pretrained(type(model), lora.base_name(model), "--model", **head_options(model))
+            model = lora.merge(model, base)
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(card, encoding="utf-8")
@@ -261,8 +277,9 @@ def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict |
     except Exception as error:  # a full disk is an OSError here and a SafetensorError there
         shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(f"{folder} cannot be written ({error}); what was there before still is") from error
-    for file in fresh.iterdir():
-        runtime.sync(file)
+    for file in fresh.rglob("*"):
+        if file.is_file():
+            runtime.sync(file)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)

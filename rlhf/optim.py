@@ -76,7 +76,7 @@ def ppo_optimizer(policy: PolicyWithValue, lr: float, muon: bool) -> Optimizer:
     members = [Adam(_others(policy, matrices), lr), *([Muon(matrices, lr)] if matrices else [])]
     for member in members:
         member.register_step_post_hook(lambda *_: policy.weights_changed())
-    return Optimizer(list(policy.parameters()), members)
+    return Optimizer(_trained(policy), members)
 
 
 def supervised_optimizer(model: nn.Module, lr: float, muon: bool) -> Optimizer:
@@ -87,10 +87,15 @@ def supervised_optimizer(model: nn.Module, lr: float, muon: bool) -> Optimizer:
     matrices = inner_matrices(model) if muon else []
     adamw = torch.optim.AdamW(_others(model, matrices), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     members = [Muon(matrices, lr, weight_decay=0.01), adamw] if matrices else [adamw]
-    return Optimizer(list(model.parameters()), members, max_grad_norm=1.0)
+    return Optimizer(_trained(model), members, max_grad_norm=1.0)
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    """The module's parameters that train: all but those under adapters."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _others(module: nn.Module, matrices: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The module's parameters without these matrices."""
+    """The module's parameters that train, without these matrices."""
     chosen = {id(matrix) for matrix in matrices}
-    return [parameter for parameter in module.parameters() if id(parameter) not in chosen]
+    return [parameter for parameter in _trained(module) if id(parameter) not in chosen]

@@ -106,24 +106,29 @@ def freeze(model: nn.Module, precision: torch.dtype) -> nn.Module:
     return model
 
 
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares all of its weights."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
 class LowPrecisionCopy:
-    """A copy of a model that trains, with its matrices in bfloat16 and all other weights shared with it.
+    """A copy of a model that trains, with the matrices that train in bfloat16 and all other weights shared with it.
 
     Gradients of the copy's matrices are added, in float32, to those of the model's.
     """
 
     def __init__(self, model: nn.Module):
-        self._copy = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+        self._copy = sharing_copy(model)
         set_precision(self._copy, torch.bfloat16)
-        self._weights = [weight for _, _, weight in _matrices(model)]
-        self._low_weights = []
+        self._weights, self._low_weights = [], []
         self.is_stale = False  # to be set when the model's weights have changed
         for layer, name, weight in _matrices(self._copy):  # these are the model's own, until replaced here
-            low = nn.Parameter(weight.detach().bfloat16(), requires_grad=weight.requires_grad)
-            if weight.requires_grad:
+            if weight.requires_grad:  # under adapters it is frozen, and in bfloat16 already
+                low = nn.Parameter(weight.detach().bfloat16())
                 low.register_post_accumulate_grad_hook(_hand_over_to(weight))
-            setattr(layer, name, low)
-            self._low_weights.append(low)
+                setattr(layer, name, low)
+                self._weights.append(weight)
+                self._low_weights.append(low)
 
     @torch.no_grad()
     def refreshed(self) -> nn.Module:

@@ -31,6 +31,8 @@ PPO: Recipe = {
     "query_kl": (True, False),
     "reference_samples": (4096, 1024),
 }
+LORA_LR = 10  # learning rates of adapters, relative to full fine-tuning with Adam ("LoRA Without Regret", 2025)
+MUON_LR = 3  # Muon's learning rates, relative to Adam's
 
 
 def kind_of(name: str) -> str:
@@ -43,6 +45,17 @@ def kind_of(name: str) -> str:
     except (OSError, ValueError, AttributeError):  # loading the model says what is wrong with it
         from_scratch = False
     return FROM_SCRATCH if from_scratch else PRETRAINED
+
+
+def with_lora(recipe: Recipe, rank: int | None) -> Recipe:
+    """The recipe for adapters of this rank: with Adam, at higher learning rates. Without a rank the recipe itself."""
+    if rank is None:
+        return recipe
+    (_, optimizer), (from_scratch, pretrained) = recipe["optimizer"], recipe["lr"]
+    return recipe | {
+        "optimizer": (optimizer, optimizer),
+        "lr": (from_scratch * LORA_LR / MUON_LR, pretrained * LORA_LR),
+    }
 
 
 def fill(args: argparse.Namespace, recipe: Recipe, name: str) -> None:

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from rlhf import distributed, runtime
 from rlhf.checkpoint import Checkpoints, RandomState
 from rlhf.errors import UserError
+from rlhf.lora import TrainedWeights
 from rlhf.optim import Optimizer, supervised_optimizer
 from rlhf.policy import token_logits
 
@@ -134,9 +135,15 @@ def fit(
     targets, and the numbers of targets, [B] each. validate: the validation metrics of the model as it is. stage: the
     name of this fit on the progress bar and in checkpoints.
     """
-    optimizer = supervised_optimizer(model, settings.lr, settings.muon)
+    optimizer, weights = supervised_optimizer(model, settings.lr, settings.muon), TrainedWeights(model)
     batches, progress = Batches(lengths, settings.batch_size, settings.revisit, settings.seed), Progress()
-    state = {"model": model, "optimizer": optimizer, "batches": batches, "progress": progress, "random": RandomState()}
+    state = {
+        "model": weights,
+        "optimizer": optimizer,
+        "batches": batches,
+        "progress": progress,
+        "random": RandomState(),
+    }
     if checkpoints:
         checkpoints.restore(state, stage)
     steps_per_epoch = -(-len(lengths) // settings.batch_size)
@@ -164,11 +171,11 @@ def fit(
             model.eval()
             metrics = {"epoch": epoch + 1, "train_loss": mean_loss} | validate()
             bar.write(f"{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-            progress.end_epoch(metrics, settings.select_by, model)
+            progress.end_epoch(metrics, settings.select_by, weights)
         if checkpoints:
             checkpoints.after_step(step, state, stage)
     model.eval()
-    model.load_state_dict(progress.best_weights)
+    weights.load_state_dict(progress.best_weights)
     return progress.history
 
 
@@ -252,12 +259,12 @@ class Progress:
         if is_finite:
             self.epoch_loss += loss
 
-    def end_epoch(self, metrics: dict[str, float], select_by: str, model: nn.Module) -> None:
+    def end_epoch(self, metrics: dict[str, float], select_by: str, weights: TrainedWeights) -> None:
         """Note the metrics, and copy the weights if they are the best so far."""
         self.history.append(metrics)
         self.epoch_loss = 0.0
         if self.best_value is None or metrics[select_by] < self.best_value:
-            self.best_value, self.best_weights = metrics[select_by], copy.deepcopy(model.state_dict())
+            self.best_value, self.best_weights = metrics[select_by], copy.deepcopy(weights.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
