@@ -20,6 +20,7 @@ import torch
 
 import ppo
 from rlhf import (
+    activations,
     checkpoint,
     cli,
     data,
@@ -53,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         "--policy", default="models/nlg", help="folder, .gguf file or hub name of the generator to improve"
     )
     model_flags.add_argument("--out", default="models/nlg_ppo", help="folder to write")
-    cli.add_lora_flag(model_flags)
+    cli.add_model_flags(model_flags)
     model_flags.add_argument("--separate-value", action="store_true", help="a value network, not a head on the policy")
     cli.add_rollout_flags(parser.add_argument_group("rollout"))
     cli.add_reward_flags(parser.add_argument_group("reward"))
@@ -203,7 +204,10 @@ def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
     dtype = precision.choose(args.precision, device, reference.to(device))
     model = None if args.lora else copy.deepcopy(reference)
     precision.freeze(reference, dtype)
-    return reference, model or lora.with_adapters(reference, args.lora, args.policy), tokenizer, dtype
+    model = model or lora.with_adapters(reference, args.lora, args.policy)
+    if args.activation_checkpointing:
+        activations.checkpoint_layers(model)
+    return reference, model, tokenizer, dtype
 
 
 def load_human(args: argparse.Namespace, device: torch.device, updates: int) -> feedback.HumanFeedback:

@@ -21,7 +21,20 @@ from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import checkpoint, cli, data, lora, model_card, models, precision, recipes, rewards, runtime, supervised
+from rlhf import (
+    activations,
+    checkpoint,
+    cli,
+    data,
+    lora,
+    model_card,
+    models,
+    precision,
+    recipes,
+    rewards,
+    runtime,
+    supervised,
+)
 from rlhf.data import Choices
 from rlhf.supervised import FitSettings
 
@@ -44,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
     model.add_argument("--out", default="models/cls", help="folder to write")
-    cli.add_lora_flag(model)
+    cli.add_model_flags(model)
     training = parser.add_argument_group("training")
     recipe = functools.partial(recipes.described, recipes.CLASSIFIER)
     training.add_argument("--epochs", type=cli.COUNT, help=recipe("epochs", "passes over the labelled texts"))
@@ -114,6 +127,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     print(recipes.summary(args, recipes.CLASSIFIER, args.model))
     if args.lora:
         model = lora.with_adapters(precision.freeze(model, dtype), args.lora, args.model)
+    if args.activation_checkpointing:
+        activations.checkpoint_layers(model)
     precision.set_precision(model, dtype)
     max_length = min(args.max_length, models.max_length(model, tokenizer))
     ids = supervised.encode(tokenizer, training.texts, max_length)

@@ -17,7 +17,20 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf import checkpoint, cli, data, gold, lora, model_card, models, precision, recipes, runtime, supervised
+from rlhf import (
+    activations,
+    checkpoint,
+    cli,
+    data,
+    gold,
+    lora,
+    model_card,
+    models,
+    precision,
+    recipes,
+    runtime,
+    supervised,
+)
 from rlhf.sampling import Sampling
 
 SHOWN = 5  # samples printed at each temperature
@@ -31,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
     model.add_argument("--out", default="models/nlg", help="folder to write")
-    cli.add_lora_flag(model)
+    cli.add_model_flags(model)
     training = parser.add_argument_group("training")
     recipe = functools.partial(recipes.described, recipes.GENERATOR)
     training.add_argument("--epochs", type=cli.COUNT, help=recipe("epochs", "passes over the training texts"))
@@ -76,6 +89,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     print(recipes.summary(args, recipes.GENERATOR, args.model))
     if args.lora:
         model = lora.with_adapters(precision.freeze(model, dtype), args.lora, args.model)
+    if args.activation_checkpointing:
+        activations.checkpoint_layers(model)
     precision.set_precision(model, dtype)
 
     # fit

@@ -16,7 +16,8 @@ from rlhf import distributed
 from rlhf.errors import Stopped, UserError
 
 FORMAT = 4  # of the file; a file of another format is refused
-MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page"}  # flags that change results by rounding at most
+MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page", "activation_checkpointing"}
+# flags that change results by rounding at most
 
 
 class Stateful(Protocol):

@@ -102,13 +102,19 @@ def add_data_flags(parser: argparse.ArgumentParser, default: str) -> argparse._A
     return group
 
 
-def add_lora_flag(group: argparse._ArgumentGroup) -> None:
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    """--lora and --activation-checkpointing, for what trains."""
     group.add_argument(
         "--lora",
         type=COUNT,
         metavar="RANK",
         help="train adapters of this rank beside the linear layers, and not the weights; the learning rate is then ten "
         "times that of Adam, unless it is given; the adapters are written to OUT/adapter, and merged to OUT",
+    )
+    group.add_argument(
+        "--activation-checkpointing",
+        action="store_true",
+        help="keep the input of each layer only, and compute the rest again for the gradient: less memory, more time",
     )
 
 

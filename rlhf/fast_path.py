@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import GPT2Model, LlamaModel
 
+from rlhf import activations
 from rlhf.lora import adapter_output
 from rlhf.precision import body_class, low_precision_products
 
@@ -166,11 +167,15 @@ def hidden_states(body, ids: Tensor, mask: Tensor, positions: Tensor, places: Te
     selected = (mask.flatten().cumsum(0) - 1).index_select(0, places)  # among the M real tokens
     with low_precision_products(body):
         hidden, rotation = pieces.embed(*(x.flatten().index_select(0, real) for x in (ids, positions)))
-        for layer in pieces.layers:
+
+        def states_after(layer: nn.Module, hidden: Tensor) -> Tensor:
             attended = attention(pieces.heads(layer, hidden, rotation), place, (batch, width))
             if layer is pieces.layers[-1]:
                 hidden, attended = Take.apply(hidden, selected), Take.apply(attended, selected)
-            hidden = pieces.after_attention(layer, hidden, attended)
+            return pieces.after_attention(layer, hidden, attended)
+
+        for layer in pieces.layers:
+            hidden = activations.run(layer, states_after, layer, hidden)
         return pieces.norm(hidden).float()
 
 

@@ -173,8 +173,12 @@ def kl_of(
     return mean_difference - total.log() + ref_log_total, mean_difference
 
 
+KEPT_BYTES = 2**29  # of [N, V] tensors for the gradient, at most; a small model needs far less, and is faster so
+
+
 class _LogprobsAndKl(torch.autograd.Function):
-    """`logprobs_and_kl` with its gradient; what is kept for it is in the model's precision.
+    """`logprobs_and_kl` with its gradient. What is kept for it is in the model's precision; where that would be more
+    than KEPT_BYTES, no [N, V] tensor is kept, and the backward pass makes it again, chunk by chunk.
 
     With p = softmax(logits) and d = logits - ref_logits: d logp_i / d logits = onehot_i - p, and
     d KL / d logits = p * (d - E_p[d]), of which the part in brackets is near 0 however far from 0 the logits are.
@@ -182,34 +186,78 @@ class _LogprobsAndKl(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, low: bool, ids: Tensor, reference: tuple):
-        head, (ref_head, ref_states, ref_log_totals) = Head(weight, bias, low), reference
+        ctx.low, ctx.reference, ctx.kept_dtype = low, reference, torch.bfloat16 if low else states.dtype
+        keeps = 2 * len(ids) * len(weight) * ctx.kept_dtype.itemsize <= KEPT_BYTES
         saved, outputs = [], []
         for rows in chunks(len(ids), weight):
-            logits, unnormalised, total, logprobs = softmax_pieces(head.logits(states[rows]), ids[rows])
-            difference = ref_head.logits(ref_states[rows])
-            kl, mean_difference = kl_of(logits, unnormalised, total, difference, ref_log_totals[rows])
-            p, centred = unnormalised.div_(total.unsqueeze(1)), difference.sub_(mean_difference.unsqueeze(1))
-            saved += [x.bfloat16() if low else x for x in (p, centred)]
+            logprobs, kl, *factors = _pieces(Head(weight, bias, low), states, ids, reference, rows)
+            saved += [x.to(ctx.kept_dtype) for x in factors] if keeps else []
             outputs.append((logprobs, kl))
-        ctx.low = low
-        ctx.save_for_backward(states, weight, ids, *saved)
+        ctx.save_for_backward(states, weight, bias, ids, *saved)
         return tuple(torch.cat(chunk) for chunk in zip(*outputs, strict=True))
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor, grad_kl: Tensor):
-        states, weight, ids, *saved = ctx.saved_tensors
-        grad_states, grad_logits = [], []
-        for rows, p, centred in zip(chunks(len(ids), weight), saved[::2], saved[1::2], strict=True):
+        states, weight, bias, ids, *saved = ctx.saved_tensors
+        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        of_head = HeadGradient(states, ctx.kept_dtype, needs_weight, needs_bias)
+        grad_states = []
+        for number, rows in enumerate(chunks(len(ids), weight)):
+            factors = saved[2 * number : 2 * number + 2]
+            if not saved:
+                _, _, *factors = _pieces(Head(weight, bias, ctx.low), states, ids, ctx.reference, rows)
+            p, centred = factors
             grad_chosen = grad_logprobs[rows].unsqueeze(1)
             gradient = (centred * grad_kl[rows].unsqueeze(1)).sub_(grad_chosen).mul_(p)
             gradient.scatter_add_(1, ids[rows].unsqueeze(1), grad_chosen)
             grad_states.append(product(gradient, weight) if ctx.low else gradient @ weight)
-            grad_logits.append(gradient.to(p.dtype))
-        gradient = torch.cat(grad_logits) if len(grad_logits) > 1 else grad_logits[0]
-        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_weight = (gradient.T @ states.to(gradient.dtype)).to(weight.dtype) if needs_weight else None
-        grad_bias = gradient.sum(0, dtype=states.dtype) if needs_bias else None
+            of_head.add(gradient)
+        grad_weight, grad_bias = of_head.total()
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return torch.cat(grad_states), grad_weight, grad_bias, None, None, None
+
+
+def _pieces(head: Head, states: Tensor, ids: Tensor, reference: tuple, rows: slice) -> tuple[Tensor, ...]:
+    """Of some of N tokens: log-probabilities and KL [n], and p and d - E_p[d], [n, V] each."""
+    ref_head, ref_states, ref_log_totals = reference
+    logits, unnormalised, total, logprobs = softmax_pieces(head.logits(states[rows]), ids[rows])
+    difference = ref_head.logits(ref_states[rows])
+    kl, mean_difference = kl_of(logits, unnormalised, total, difference, ref_log_totals[rows])
+    return logprobs, kl, unnormalised.div_(total.unsqueeze(1)), difference.sub_(mean_difference.unsqueeze(1))
+
+
+class HeadGradient:
+    """The gradient of an output layer for states [N, H], from that of the logits in chunks [n, V].
+
+    A product of few rows with so many columns is slow, so chunks wait for others, up to KEPT_BYTES.
+    """
+
+    def __init__(self, states: Tensor, dtype: torch.dtype, needs_weight: bool, needs_bias: bool):
+        self._states, self._dtype, self._needs = states, dtype, (needs_weight, needs_bias)
+        self._waiting, self._rows, self._total = [], 0, (None, None)
+
+    def add(self, gradient: Tensor) -> None:
+        if any(self._needs):
+            self._waiting.append(gradient.to(self._dtype))
+            if sum(x.nbytes for x in self._waiting) > KEPT_BYTES // 2:
+                self._multiply()
+
+    def total(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of weight and bias, None where they are not needed."""
+        if self._waiting:
+            self._multiply()
+        return self._total
+
+    def _multiply(self) -> None:
+        gradient = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
+        states = self._states[self._rows : self._rows + len(gradient)]
+        needs_weight, needs_bias = self._needs
+        parts = (
+            (gradient.T @ states.to(gradient.dtype)).to(states.dtype) if needs_weight else None,
+            gradient.sum(0, dtype=states.dtype) if needs_bias else None,
+        )
+        self._total = tuple(x if old is None else old + x for old, x in zip(self._total, parts, strict=True))
+        self._waiting, self._rows = [], self._rows + len(gradient)
 
 
 def chunks(count: int, weight: Tensor) -> list[slice]:

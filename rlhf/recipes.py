@@ -54,7 +54,7 @@ def with_lora(recipe: Recipe, rank: int | None) -> Recipe:
     (_, optimizer), (from_scratch, pretrained) = recipe["optimizer"], recipe["lr"]
     return recipe | {
         "optimizer": (optimizer, optimizer),
-        "lr": (from_scratch * LORA_LR / MUON_LR, pretrained * LORA_LR),
+        "lr": tuple(float(f"{lr:.2g}") for lr in (from_scratch * LORA_LR / MUON_LR, pretrained * LORA_LR)),
     }
 
 

@@ -13,7 +13,7 @@ IN_THE_ROOT = {"train_cls.py", "train_nlg.py", "finetuning_nlg.py", "evaluate_nl
 SCRIPTS = sorted(IN_THE_ROOT - {"ppo.py"})
 LAYERS = [  # a module imports from the layers before its own only
     "errors distributed precision muon frontier model_card openmp recipes",
-    "lora",
+    "lora activations",
     "runtime cli checkpoint fast_path plots",
     "policy data",
     "sampling optim",
