@@ -7,7 +7,8 @@
 
 The weights are those of the packages in requirements-pretrained.txt, or of folders or hub names that are given. Reward
 model and judge learn from different halves of the labels; in the shipped world the gold judge judges. Writes models to
-models/pretrained/<task>/ and run folders to data_results/pretrained/<task>_seed<seed>/. Goes on where it stopped.
+models/pretrained/<task>/ and run folders to data_results/pretrained/<task>_seed<seed>/, with twenty
+random texts before and after in pairs.csv. Goes on where it stopped.
 """
 
 import argparse
@@ -33,7 +34,7 @@ LENGTHS = {
     "world": "",
 }
 EVALUATION = "--queries 32 --samples 16 --reference-samples 256 --batch-size 256"
-SHOWN = 4  # pairs of texts at the end
+PAIRS, SHOWN = 20, 4  # texts before and after in pairs.csv, and those that are printed at the end
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,6 +66,8 @@ def main() -> None:
     if args.task == "world":
         for folder in runs:
             hard_frames.evaluate(folder, runtime.set_up("auto", 0))
+    for folder in runs:
+        write_pairs(folder)
     show(runs[0])
 
 
@@ -101,14 +104,22 @@ def unpack(folder: str) -> None:
     models.save_folder(folder, model, tokenizer, f"{file.name}, in float32.\n")
 
 
+def write_pairs(folder: Path) -> None:
+    """pairs.csv: what policy and reference answer to the same held-out queries, drawn at random, one pair a query."""
+    samples = pd.read_csv(folder / "evaluation_samples.csv").query("draw == 0")
+    samples["response"] = [text[len(query) :] for query, text in zip(samples["query"], samples.text, strict=True)]
+    wide = samples.pivot(index="query", columns="policy", values=["response", "ethics", "ethical"])
+    pairs = wide.sample(min(PAIRS, len(wide)), random_state=0)
+    pairs.columns = [f"{name}_{policy}" for name, policy in pairs.columns]
+    pairs.to_csv(folder / "pairs.csv", lineterminator="\n")
+
+
 def show(folder: Path) -> None:
-    """Print texts before and after PPO, drawn at random."""
-    samples = pd.read_csv(folder / "evaluation_samples.csv")
-    samples["number"] = samples.groupby("policy").cumcount()
-    for number in samples.number.drop_duplicates().sample(SHOWN, random_state=0):
-        print()
-        for _, row in samples[samples.number == number].iterrows():
-            print(f"{row.policy:>6} ({row.ethics:.2f}): {row.text}")
+    """Print some of the pairs."""
+    for pair in pd.read_csv(folder / "pairs.csv").head(SHOWN).itertuples():
+        print(f"\n{pair.query}")
+        print(f"  before ({pair.ethics_before:.2f}): {pair.response_before.strip()}")
+        print(f"  after  ({pair.ethics_after:.2f}): {pair.response_after.strip()}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 
+import pandas as pd
 import pytest
 
 from experiments import pretrained
@@ -15,6 +16,7 @@ def commands(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrained, "run", lambda command: started.append(command.partition(" ")[::2]))
     monkeypatch.setattr(pretrained, "unpack", lambda folder: started.append(("unpack", folder)))
+    monkeypatch.setattr(pretrained, "write_pairs", lambda folder: None)
     monkeypatch.setattr(pretrained, "show", lambda folder: None)
     monkeypatch.setattr(pretrained.hard_frames, "write_texts", lambda folder, every: None)
     monkeypatch.setattr(
@@ -69,6 +71,33 @@ def test_named_models_are_taken_as_they_are(commands, monkeypatch):
     start(monkeypatch, "ethics", "--policy", "gpt2", "--encoder", "roberta-base")
     assert "unpack" not in dict(commands)
     assert {flag(flags, "model") for script, flags in commands if script == "train_cls.py"} == {"gpt2", "roberta-base"}
+
+
+def test_pairs_are_answers_to_the_same_queries(tmp_path, capsys):
+    def row(query, draw, policy, response, ethics):
+        return {
+            "query": query,
+            "draw": draw,
+            "policy": policy,
+            "text": query + response,
+            "ethics": ethics,
+            "ethical": 1.0,
+        }
+
+    rows = [
+        row(query, draw, policy, f" {policy} {draw}", 0.25 if policy == "before" else 0.75)
+        for policy in ("before", "after")
+        for query in ("A film", "It was")
+        for draw in (0, 1)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "evaluation_samples.csv", index=False)
+    pretrained.write_pairs(tmp_path)
+    pairs = pd.read_csv(tmp_path / "pairs.csv").set_index("query")
+    assert sorted(pairs.index) == ["A film", "It was"]
+    assert (pairs.response_before == " before 0").all() and (pairs.response_after == " after 0").all()
+    assert (pairs.ethics_before == 0.25).all() and (pairs.ethical_after == 1).all()
+    pretrained.show(tmp_path)
+    assert "  before (0.25): before 0\n  after  (0.75): after 0" in capsys.readouterr().out
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):
