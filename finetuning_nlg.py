@@ -12,6 +12,7 @@ with these settings.
 import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import copy
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,9 @@ from rlhf import (
     cli,
     data,
     distributed,
+    evaluation,
     gold,
+    guard,
     lora,
     model_card,
     models,
@@ -37,7 +40,7 @@ from rlhf import (
     runtime,
 )
 from rlhf.errors import UserError
-from rlhf.human import annotator, feedback, page, questions, reward_model, terminal
+from rlhf.human import feedback
 from rlhf.policy import PolicyWithValue
 from rlhf.rollout import collect, shuffled_minibatches
 from rlhf.run_log import REWARD_MODEL, RunLog, append
@@ -61,24 +64,17 @@ def parse_args() -> argparse.Namespace:
     cli.add_human_flags(parser.add_argument_group("feedback from people (--reward human)"))
     cli.add_kl_flags(parser.add_argument_group("KL penalty"))
     cli.add_ppo_flags(parser.add_argument_group("PPO"))
+    cli.add_evaluation_flags(parser.add_argument_group("evaluation"))
     output = parser.add_argument_group("output")
     output.add_argument("--run", help="name of the run folder (default: K<K>_lr_<lr>_seed<seed>)")
     output.add_argument("--results", default="data_results", help="folder of the run folders")
-    cli.add_gold_flag(output)
     output.add_argument("--tensorboard", action="store_true", help="write TensorBoard events to the run folder too")
     cli.add_machine_flags(parser)
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
     recipes.fill(args, recipes.with_lora(recipes.PPO, args.lora), args.policy)
     cli.check_lora(args, args.policy, "--policy")
-    if args.batch_size % args.minibatches:
-        raise UserError(f"--batch-size {args.batch_size} cannot be divided into --minibatches {args.minibatches}")
-    if args.leave_one_out and args.answers < 2:
-        raise UserError("--leave-one-out compares the answers to one query: give --answers 2 or more")
-    if args.episodes < args.batch_size:
-        raise UserError(f"--episodes {args.episodes} is less than one batch of --batch-size {args.batch_size}")
-    if args.label_rounds > min(args.labels, args.episodes // args.batch_size):
-        raise UserError(f"--label-rounds {args.label_rounds} are more than there are --labels or updates")
+    cli.check_ppo_flags(args)
     args.reward = args.reward or ["models/cls"]
     args.run = args.run or f"K{args.ppo_epochs}_lr_{plots.short(args.lr)}_seed{args.seed}"
     return args
@@ -97,31 +93,38 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     # data and models
     texts = data.load_texts(args.data, args.data_config, args.data_revision, args.text_column)
     reference, model, tokenizer, dtype = load_models(args, device)
-    human = load_human(args, device, updates) if rewards.includes_people(args.reward) else None
+    human = new_human(args, device, updates) if rewards.includes_people(args.reward) else None
     policy = PolicyWithValue(model, args.separate_value, dtype).eval()
     reward = rewards.load(
         args.reward, args.missing_stop_score, device, args.precision, human and (human.model, human.tokenizer)
     )
     judge = gold.load_judge(args.gold, texts["valid"], device, args.precision)
     queries = data.training_queries(texts, tokenizer, args.query_length)
+    settings, sampling = ppo_settings(args), sampling_of(args, tokenizer)
+    measure = functools.partial(
+        evaluation.measure, reference=reference, tokenizer=tokenizer, reward=reward, judge=judge, sampling=sampling,
+        queries=evaluation.held_out_queries(texts, tokenizer, args.query_length) if args.eval_every else [],
+        kl_coef=args.kl_coef, forward_batch=args.forward_batch, seed=args.seed,
+    )  # fmt: skip
 
     # what changes from update to update, and what does not
-    optimizer = optim.ppo_optimizer(policy, args.lr, muon=args.optimizer == "muon")
+    optimizer = optim.ppo_optimizer(policy, args.lr, muon=args.optimizer == "muon", value_lr=args.value_lr)
     kl_schedule = ppo.KLSchedule(args.kl_coef, args.kl_start, args.target_kl, args.kl_horizon)
     query_stream = data.QueryStream(queries, args.seed)
-    sample_rng = torch.Generator().manual_seed(args.seed + 100_003 * distributed.rank())  # one of every process
+    sample_rng = distributed.generator(args.seed)  # another one in every process
     shuffle_rng = torch.Generator().manual_seed(args.seed)  # the same in all of them
-    log = new_log(args, updates, tokenizer, reward, judge)
-    state = {
-        "policy": lora.TrainedWeights(policy),
-        "optimizer": optimizer,
-        "kl": kl_schedule,
-        "queries": query_stream,
-        "reward": reward,
-    }
+    guarded = args.kl_guard and args.kl_coef > 0  # without a KL coefficient there is none to raise
+    training = {"policy": lora.TrainedWeights(policy), "optimizer": optimizer}
+    kl_guard = guard.KLGuard(args.kl_limit if guarded else None, training)
+    evaluations = evaluation.Evaluation(args.eval_every, updates, measure)
+    log = RunLog(
+        Path(args.results) / args.run, updates, args.batch_size, tokenizer=tokenizer, judge=judge,
+        part_names=[part.name for part in reward.parts], kl_limit=None if guarded else args.kl_limit,
+        tensorboard=args.tensorboard,
+    )  # fmt: skip
+    state = training | {"kl": kl_schedule, "queries": query_stream, "reward": reward}
     state |= {"random": checkpoint.RandomState(sample_rng, shuffle_rng), "log": log}
-    state |= {"human": human} if human else {}
-    settings, sampling = ppo_settings(args), sampling_of(args, tokenizer)
+    state |= {"guard": kl_guard, "evaluations": evaluations} | ({"human": human} if human else {})
 
     # a new run, on whose reference samples the scores are standardized, or a stopped one
     first_queries = distributed.shard(query_stream.take(args.reference_samples))
@@ -133,15 +136,18 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
 
     runtime.print_device(device, dtype)
     print(recipes.summary(args, recipes.PPO, args.policy))
+    if args.kl_guard and not guarded:
+        print("the KL guard is off: with --kl-coef 0 there is nothing that it could raise")
     for update in log.updates():
         if human and human.is_due(update):
             checkpoints.after_step(update - 1, state, now=True)  # people may take their time
             ask_people(args, human, policy, tokenizer, queries, sampling, update, log.folder)
             calibrate(reward, human, samples)
+            evaluations.forget_best()
             write_config(args, reward, log.folder, runtime.provenance(device, dtype))
         progress, clock = (update - 1) / updates, runtime.Clock(device)
         lr = optimizer.set_lr(args.lr * (1 - progress))
-        kl_coef = kl_schedule.coefficient(progress)
+        kl_coef = kl_schedule.coefficient(progress) * kl_guard.kl_factor
 
         batch = distributed.shard(query_stream.take(args.batch_size // args.answers))
         batch = [query for query in batch for _ in range(args.answers)]
@@ -159,21 +165,32 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
 
         token_rewards = ppo.rewards(rollout, scores.total, kl_coef, settings)
         targets = ppo.targets(rollout, token_rewards, kl_coef, settings)
-        metrics = ppo.update(policy, reference, optimizer, rollout, targets, settings, shuffle_rng)
+        with policy.learning(critic_only=update <= args.critic_warmup):
+            metrics = ppo.update(policy, reference, optimizer, rollout, targets, settings, shuffle_rng)
         clock.lap("update")
 
+        action = kl_guard.watch(update, distributed.mean(rollout.exact_kl.sum(1)).item())
         row = log.write(
             update, lr=lr, kl_coef=kl_coef, rollout=rollout, texts=texts, scores=scores, metrics=metrics,
             seconds=clock.laps, ethics_before=reward.ethics_before, labels=human.labels if human else None,
+            guard=action, evaluation=evaluations.after_update(update, policy),
         )  # fmt: skip
-        log.check(rollout, metrics["skipped"] == args.ppo_epochs * args.minibatches, args.out)
-        kl_schedule.observe(row["kl"], args.batch_size)
+        if action == guard.STOPPED:
+            break
+        log.check(rollout, not action and metrics["skipped"] == args.ppo_epochs * args.minibatches, args.out)
+        kl_schedule.observe(row["kl"], args.batch_size if update > args.critic_warmup else 0)
         checkpoints.after_step(update, state)
 
     provenance = runtime.provenance(device, dtype)
-    save_policy(args, policy.model, tokenizer, sampling, log.last_row, reward.ethics_before, provenance)
+    chosen = (evaluations.bring_back_best(policy) if args.keep_best else None) or kl_guard.chosen
+    out = f"{args.out}_stopped" if kl_guard.chosen else args.out
+    title, results = model_card.of_ppo(log.last_row, reward.ethics_before, chosen)
+    save_policy(args, out, policy.model, tokenizer, sampling, title, results, provenance)
+    if chosen:
+        print(f"\n{out} is the policy after update {chosen.update}, {chosen.reason}")
     if human:
         save_reward_model(args, human, log.folder, provenance)
+    kl_guard.raise_if_stopped(args.out, saved_to=out)
     texts = models.continuations(policy.in_precision(), tokenizer, samples.queries[:SHOWN], sampling, sample_rng)
     show(args, samples.queries[:SHOWN], log.texts_before, texts)
 
@@ -210,19 +227,8 @@ def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
     return reference, model, tokenizer, dtype
 
 
-def load_human(args: argparse.Namespace, device: torch.device, updates: int) -> feedback.HumanFeedback:
+def new_human(args: argparse.Namespace, device: torch.device, updates: int) -> feedback.HumanFeedback:
     """People, or what answers in their place, and the reward model that will learn their answers."""
-    if distributed.world_size() > 1:
-        raise UserError("--reward human asks one person, in one process; start it without torchrun")
-    model, tokenizer = reward_model.new_model(args.policy, args.feedback)
-    precision.set_precision(model.to(device), precision.choose(args.precision, device, model))
-    if args.annotator:
-        noise, seed = args.annotator_noise, args.seed
-        ask = annotator.load(args.annotator, args.gold, noise, seed, device, args.precision)
-    elif args.page:
-        ask = page.start(questions.answer_keys(questions.samples_per_question(args.feedback)))
-    else:
-        ask = terminal.ask
     settings = feedback.Settings(
         kind=args.feedback,
         labels=args.labels,
@@ -234,22 +240,8 @@ def load_human(args: argparse.Namespace, device: torch.device, updates: int) -> 
         muon=args.optimizer == "muon",
         seed=args.seed,
     )
-    return feedback.HumanFeedback(model, tokenizer, ask, settings, updates)
-
-
-def new_log(
-    args: argparse.Namespace, updates: int, tokenizer, reward: rewards.Reward, judge: gold.Judge | None
-) -> RunLog:
-    return RunLog(
-        Path(args.results) / args.run,
-        updates,
-        args.batch_size,
-        tokenizer=tokenizer,
-        part_names=[part.name for part in reward.parts],
-        judge=judge,
-        kl_limit=args.kl_limit,
-        tensorboard=args.tensorboard,
-    )
+    who = {"annotator_spec": args.annotator, "noise": args.annotator_noise, "gold": args.gold, "on_page": args.page}
+    return feedback.load(args.policy, settings, updates, device, args.precision, **who)
 
 
 def ppo_settings(args: argparse.Namespace) -> ppo.Settings:
@@ -313,16 +305,13 @@ def write_config(args: argparse.Namespace, reward: rewards.Reward, folder: Path,
 
 
 def save_policy(
-    args: argparse.Namespace, model, tokenizer, sampling: Sampling, row: dict, ethics_before: float, provenance: dict
-) -> None:
-    """The policy with its model card, whose results are those of the last update's row of log.csv."""
-    after = {name: row[name] for name in ("ethics", "improvement_ma", "score", "kl", "entropy", "terminated")}
-    before = {"ethics": ethics_before, "score": 0.0, "kl": 0.0}
-    table = pd.DataFrame({"before": before, "after": after}).loc[list(after)]
-    title, record = "A generator fine-tuned with PPO", {"settings": vars(args)} | provenance
-    card = model_card.text(title, "text-generation", args.data, record, table)
+    args: argparse.Namespace, out: str, model, tokenizer, sampling: Sampling, title: str, results: pd.DataFrame,
+    provenance: dict,
+) -> None:  # fmt: skip
+    """The policy with its model card."""
+    card = model_card.text(title, "text-generation", args.data, {"settings": vars(args)} | provenance, results)
     model.generation_config = models.generation_config(tokenizer, sampling)
-    models.save_folder(args.out, model, tokenizer, card)
+    models.save_folder(out, model, tokenizer, card)
 
 
 def save_reward_model(args: argparse.Namespace, human: feedback.HumanFeedback, folder: Path, provenance: dict) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 
 EARLIER = "--ppo-epochs 1 --no-query-kl --kl-coef 0.15 --kl-start 4"  # the default when these grids were run
+UNGUARDED = f"{EARLIER} --no-kl-guard"  # for runs that may break
 
 
 class Grid(NamedTuple):
@@ -100,7 +101,9 @@ GRIDS = {
         shared="",
     ),
     "overoptimisation": Grid(
-        20_480, {f"kl_coef_{kl_coef}": f"--kl-coef {kl_coef}" for kl_coef in (0, 0.02, 0.05, 0.1, 0.2, 0.5)}
+        20_480,
+        {f"kl_coef_{kl_coef}": f"--kl-coef {kl_coef}" for kl_coef in (0, 0.02, 0.05, 0.1, 0.2, 0.5)},
+        shared=UNGUARDED,
     ),
     "rewards": Grid(
         20_480,
@@ -119,11 +122,12 @@ GRIDS = {
             for lr in ("1e-5", "1e-4", "1e-3", "3e-3", "1e-2")  # a policy does not move at lower ones
         },
         "--samples 8",
+        shared=UNGUARDED,
     ),
     "details": Grid(
         10_240,
         {
-            detail: f"{detail} {EARLIER}"  # the detail comes first
+            detail: f"{detail} {UNGUARDED}"  # the detail comes first
             for detail in "nothing dropout temperature positions value_head advantages adam_eps score".split()
         },
         script="experiments.wrong",

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import torch
 from rlhf import distributed
 from rlhf.errors import Stopped, UserError
 
-FORMAT = 4  # of the file; a file of another format is refused
+FORMAT = 5  # of the file; a file of another format is refused
 MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page", "activation_checkpointing"}
 # flags that change results by rounding at most
 
@@ -151,6 +152,14 @@ def load(path: Path, settings: dict) -> dict:
                 "or remove it to start anew"
             )
     return content
+
+
+def cpu_copy(state: Any) -> Any:
+    """A copy of a state in the CPU's memory, which training does not change; tied weights stay tied."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class RandomState:

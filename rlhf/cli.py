@@ -205,7 +205,9 @@ def add_kl_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
     group.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
-    group.add_argument("--kl-limit", type=POSITIVE, default=20.0, help="warn of a KL above, in nats a response")
+    group.add_argument("--kl-limit", type=POSITIVE, default=20.0, help="a KL that is too high, in nats a response")
+    guard_help = "above --kl-limit raise the coefficient, then go back, then stop; otherwise only warn"
+    group.add_argument("--kl-guard", action=argparse.BooleanOptionalAction, default=True, help=guard_help)
 
 
 def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
@@ -219,6 +221,10 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
     group.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
     group.add_argument("--value-coef", type=number(float, 0), help=ppo_recipe("value_coef", "weight of the value loss"))
+    group.add_argument("--value-lr", type=POSITIVE, help="learning rate of the critic alone (default: --lr)")
+    group.add_argument(
+        "--critic-warmup", type=number(int, 0), default=0, help="updates at first in which only the critic learns"
+    )
     group.add_argument(
         "--leave-one-out",
         action="store_true",
@@ -227,6 +233,12 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
     group.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
     group.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; saves memory")
+
+
+def add_evaluation_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--eval-every", type=COUNT, help="updates between evaluations (default: none during training)")
+    group.add_argument("--keep-best", action="store_true", help="--out is the best policy of these, not the last one")
+    add_gold_flag(group)
 
 
 def add_human_flags(group: argparse._ArgumentGroup) -> None:
@@ -245,6 +257,28 @@ def add_human_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--annotator-noise", type=FRACTION, default=0.0, help="how often it answers at random")
     group.add_argument("--reward-epochs", type=COUNT, default=8, help="passes over the answers in every round")
     group.add_argument("--reward-lr", type=POSITIVE, default=1e-3, help="peak learning rate of these passes")
+
+
+def check_ppo_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of finetuning_nlg.py, with the defaults of the recipe, that do not go together."""
+    updates = args.episodes // args.batch_size
+    if args.batch_size % args.minibatches:
+        raise UserError(f"--batch-size {args.batch_size} cannot be divided into --minibatches {args.minibatches}")
+    if args.leave_one_out and args.answers < 2:
+        raise UserError("--leave-one-out compares the answers to one query: give --answers 2 or more")
+    if not updates:
+        raise UserError(f"--episodes {args.episodes} is less than one batch of --batch-size {args.batch_size}")
+    if args.label_rounds > min(args.labels, updates):
+        raise UserError(f"--label-rounds {args.label_rounds} are more than there are --labels or updates")
+    for flag, value in (("--critic-warmup", args.critic_warmup), ("--value-lr", args.value_lr)):
+        if value and args.leave_one_out:
+            raise UserError(f"{flag} is for the critic, and --leave-one-out has none")
+        if value and not args.value_coef:
+            raise UserError(f"{flag} is for the critic, which --value-coef 0 teaches nothing; give --value-coef 0.1")
+    if args.critic_warmup >= updates:
+        raise UserError(f"--critic-warmup {args.critic_warmup} leaves none of the {updates} updates to the policy")
+    if args.keep_best and not args.eval_every:
+        raise UserError("--keep-best keeps the best of the policies that are evaluated: give --eval-every, too")
 
 
 def feedback_kind(text: str) -> str:

@@ -299,6 +299,18 @@ def training_queries(texts: dict[str, list[str]], tokenizer, length: int) -> lis
     return split_queries(texts["train"] + texts["valid"], tokenizer, length)[0]
 
 
+def validation_queries(texts: dict[str, list[str]], tokenizer, length: int, count: int) -> list[str]:
+    """Up to `count` held-out queries for evaluation during training, always the same.
+
+    First come those that are not in "valid", whose queries evaluate_nlg.py asks: what is chosen by some queries should
+    not be judged by them.
+    """
+    _, held_out = split_queries(texts["train"] + texts["valid"], tokenizer, length)
+    of_valid = set(split_queries(texts["valid"], tokenizer, length)[1])
+    shuffled = random.Random(0).sample(held_out, len(held_out))
+    return sorted(shuffled, key=lambda query: query in of_valid)[:count]
+
+
 def encode_queries(tokenizer, queries: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
     """Queries padded on the left: ids and mask, [B, Q] each."""
     rows = tokenizer(queries, add_special_tokens=False)["input_ids"]

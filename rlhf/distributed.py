@@ -40,6 +40,11 @@ def main_process_only(write: Callable) -> Callable:
     return wrapped
 
 
+def generator(seed: int) -> torch.Generator:
+    """Random numbers on the CPU, different ones in every process."""
+    return torch.Generator().manual_seed(seed + 100_003 * rank())
+
+
 def shard(rows: list) -> list:
     """This process's part of the rows."""
     start, end = (len(rows) * part // world_size() for part in (rank(), rank() + 1))
@@ -77,9 +82,10 @@ def mean(x: Tensor) -> Tensor:
 
 
 def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
-    """Give every parameter the sum of its gradients over all processes."""
+    """Give every parameter that learns the sum of its gradients over all processes."""
     if world_size() == 1:
         return
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:  # this process had no rows of the minibatch
             parameter.grad = torch.zeros_like(parameter)

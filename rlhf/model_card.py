@@ -1,11 +1,33 @@
 """The text of a model card, which the hub shows with a model: README.md in the model's folder."""
 
+from typing import NamedTuple
+
 import pandas as pd
 
 LIMITS = (
     "A research artefact. It knows the texts it was trained on and little else: what it calls ethical is what its "
     "training labels call so, and it can be fooled by texts unlike them. Do not use it to judge people."
 )
+
+
+class Chosen(NamedTuple):
+    """A policy that is not the one after the last update."""
+
+    update: int  # after which it was taken
+    reason: str
+    results: dict[str, float | None]
+
+
+def of_ppo(row: dict, ethics_before: float, chosen: Chosen | None) -> tuple[str, pd.DataFrame]:
+    """Title and results of a fine-tuned policy: the last update's row of log.csv, or those of a chosen one."""
+    title = "A generator fine-tuned with PPO"
+    if chosen:
+        numbers = {name: x for name, x in chosen.results.items() if x is not None}
+        column = f"after update {chosen.update}"
+        return f"{title}: {column}, {chosen.reason}", pd.DataFrame({column: numbers}, dtype=float)
+    after = {name: row[name] for name in ("ethics", "improvement_ma", "score", "kl", "entropy", "terminated")}
+    before = {"ethics": ethics_before, "score": 0.0, "kl": 0.0}
+    return title, pd.DataFrame({"before": before, "after": after}).loc[list(after)]
 
 
 def text(title: str, task: str, source: str, record: dict, results: pd.DataFrame) -> str:

@@ -19,15 +19,16 @@ class Adam(torch.optim.Adam):
 
     EPS, BETAS = 1e-5, (0.9, 0.999)
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float):
-        super().__init__(parameters, lr=lr, eps=self.EPS, betas=self.BETAS, fused=True)
+    def __init__(self, groups: list[dict], lr: float):
+        super().__init__(groups, lr=lr, eps=self.EPS, betas=self.BETAS, fused=True)
         for group in self.param_groups:
             group["steps"] = 0  # in the group, so that state_dict() has it
 
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            group["steps"] += 1
-            group["eps"] = self.EPS / math.sqrt(1 - self.BETAS[1] ** group["steps"])
+            if any(parameter.grad is not None for parameter in group["params"]):
+                group["steps"] += 1
+                group["eps"] = self.EPS / math.sqrt(1 - self.BETAS[1] ** group["steps"])
         super().step(closure)
 
 
@@ -40,9 +41,10 @@ class Optimizer:
         self.parameters, self.members, self.max_grad_norm = parameters, members, max_grad_norm
 
     def set_lr(self, lr: float) -> float:
+        """The learning rate of all parameters, but for groups that have one of their own relative to it."""
         for member in self.members:
             for group in member.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("relative_lr", 1.0)
         return lr
 
     def step(self) -> Tensor:
@@ -70,10 +72,17 @@ class Optimizer:
             member.load_state_dict(of_member)
 
 
-def ppo_optimizer(policy: PolicyWithValue, lr: float, muon: bool) -> Optimizer:
-    """Adam as in [3]; with `muon`, Muon for the policy's inner matrices and Adam for the rest."""
-    matrices = inner_matrices(policy.model) if muon else []
-    members = [Adam(_others(policy, matrices), lr), *([Muon(matrices, lr)] if matrices else [])]
+def ppo_optimizer(policy: PolicyWithValue, lr: float, muon: bool, value_lr: float | None = None) -> Optimizer:
+    """Adam as in [3]; with `muon`, Muon for the policy's inner matrices and Adam for the rest.
+
+    value_lr: of what belongs to the critic alone, if it differs.
+    """
+    matrices, critic = inner_matrices(policy.model) if muon else [], policy.critic_parameters()
+    groups = [
+        {"params": _others(policy, matrices + critic)},
+        {"params": critic, "relative_lr": value_lr / lr if value_lr else 1.0},
+    ]
+    members = [Adam(groups, lr), *([Muon(matrices, lr)] if matrices else [])]
     for member in members:
         member.register_step_post_hook(lambda *_: policy.weights_changed())
     return Optimizer(_trained(policy), members)

@@ -4,7 +4,9 @@ Shapes as in ppo.py: B sequences, R response tokens, T query and response tokens
 sequences, one after the other, V vocabulary, H hidden size.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,6 +43,22 @@ class PolicyWithValue(nn.Module):
         """The model that computes for `model`, by default the policy's own: itself, or its copy in bfloat16."""
         model = self.model if model is None else model
         return self._copies[id(model)].refreshed() if self._copies else model
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Those of the critic alone: the value head's, and those of a separate value model."""
+        of_model = [] if self.value_model is None else self.value_model.parameters()
+        return [*self.value_head.parameters(), *of_model]
+
+    @contextlib.contextmanager
+    def learning(self, critic_only: bool) -> Iterator[None]:
+        """Within it, the critic alone learns if `critic_only`: no weight that the policy has, too, gets a gradient."""
+        models = {self.model, self.in_precision()} if critic_only else ()
+        weights = {parameter for model in models for parameter in model.parameters() if parameter.requires_grad}
+        for parameter in weights:
+            parameter.requires_grad_(False)
+        yield
+        for parameter in weights:
+            parameter.requires_grad_(True)
 
     def forward(self, ids: Tensor, mask: Tensor, places: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """ids, mask [B, T], places [N] in them -> the model's last hidden states there [N, H], and values [N].

@@ -33,7 +33,7 @@ class RunLog:
         tokenizer,
         part_names: list[str],
         judge: gold.Judge | None,
-        kl_limit: float,
+        kl_limit: float | None,  # of a warning
         tensorboard: bool,
     ):
         self.folder, self._updates, self._batch_size, self._tokenizer = folder, updates, batch_size, tokenizer
@@ -41,6 +41,7 @@ class RunLog:
         self.last_row: dict = {}
         self.texts_before: list[str] = []  # the reference's, to show beside the policy's at the end
         self._done = self._updates_not_finite = 0
+        self._evaluation = ""  # the last one's numbers beside the progress bar
         self._improvements, self._kls = [], []  # of the last updates
         self._warned = False
         self._bar = self._writer = None
@@ -56,9 +57,11 @@ class RunLog:
         """The numbers of the updates that are still to be made, with a progress bar."""
         self._writer = _tensorboard_writer(self.folder, self._done) if self._tensorboard else None
         self._bar = runtime.progress(self.folder.name, "update", self._done, self._updates)
-        yield from self._bar
-        if self._writer:
-            self._writer.close()
+        try:
+            yield from self._bar
+        finally:  # the guard may stop a run early
+            if self._writer:
+                self._writer.close()
 
     def write(
         self,
@@ -72,11 +75,14 @@ class RunLog:
         metrics: dict[str, float | None],
         seconds: dict[str, float],
         ethics_before: float,
+        guard: str | None,
+        evaluation: dict[str, float | None],
         labels: int | None = None,
-    ) -> dict[str, float | None]:
+    ) -> dict[str, float | str | None]:
         """Write an update's row of log.csv, and samples now and then. Returns the row.
 
-        metrics: those of ppo.update; seconds: of the stages; labels: answers of people so far.
+        metrics: those of ppo.update; seconds: of the stages; guard: what it did; evaluation: its columns; labels:
+        answers of people so far.
         """
         mask = rollout.response_mask
         ethics = float(np.mean(distributed.gather(scores.ethics.tolist())))
@@ -102,6 +108,8 @@ class RunLog:
             **metrics,
             **self._gold(texts),
             **self._by_part(scores),
+            "guard": guard,
+            **evaluation,
             **({} if labels is None else {"labels": labels}),
             **{f"seconds_{stage}": time for stage, time in seconds.items()},
             "episodes_per_second": self._batch_size / sum(seconds.values()),
@@ -125,7 +133,7 @@ class RunLog:
             )
         self._kls = [*self._kls, kl][-MOVING_AVERAGE:]
         warning = None
-        if kl > self._kl_limit:
+        if self._kl_limit is not None and kl > self._kl_limit:
             warning = (
                 f"the KL is {kl:.1f} nats, above --kl-limit: the texts may be broken; raise --kl-coef or lower --lr"
             )
@@ -149,11 +157,14 @@ class RunLog:
     def _show(self, row: dict) -> None:
         """The same row for TensorBoard, and the numbers that matter beside the progress bar."""
         if self._writer:
-            for name in (name for name, value in row.items() if value is not None):  # the judge may be silent
-                self._writer.add_scalar(name, row[name], row["update"])
+            numbers = {name: x for name, x in row.items() if isinstance(x, (int, float))}  # the judge may be silent
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, row["update"])
+        if row.get("eval_score") is not None:
+            self._evaluation = f", held out: score {row['eval_score']:.2f}, KL {row['eval_kl']:.2f}"
         self._bar.set_postfix_str(
             f"ethics {row['ethics']:.3f}, improvement {row['improvement_ma']:+.3f}, KL {row['kl']:.2f}, "
-            f"{row['episodes_per_second']:.0f} episodes/s"
+            f"{row['episodes_per_second']:.0f} episodes/s{self._evaluation}"
         )
 
     def _samples(self, update: int, rollout: Rollout, texts: list[str], scores: Scores) -> list[dict]:

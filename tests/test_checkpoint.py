@@ -97,7 +97,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
         with pytest.raises(UserError, match="is no checkpoint of this project"):
             checkpoint.load(path, SETTINGS)
     checkpoint.save(path, {"format": 0, "settings": SETTINGS})
-    with pytest.raises(UserError, match="has format 0, not 4"):
+    with pytest.raises(UserError, match="has format 0, not 5"):
         checkpoint.load(path, SETTINGS)
     torch.save({"format": checkpoint.FORMAT, "settings": print}, path)  # code in it is not run
     with pytest.raises(UserError, match="is no checkpoint of this project"):
@@ -191,7 +191,18 @@ def test_three_updates_in_a_row_that_are_not_finite_stop_a_run(chain, monkeypatc
 
 
 def test_a_kl_beyond_the_limit_is_said_once(chain):
-    flags = [*FOUR_UPDATES, "--run", "limit", "--out", "models/limit", "--kl-limit", "1e-9", "--lr", "1e-2"]
+    flags = [
+        *FOUR_UPDATES,
+        "--run",
+        "limit",
+        "--out",
+        "models/limit",
+        "--kl-limit",
+        "1e-9",
+        "--lr",
+        "1e-2",
+        "--no-kl-guard",
+    ]
     said = run("finetuning_nlg", *flags, cwd=chain[0]).stderr
     assert said.count("above --kl-limit") == 1
 

@@ -12,6 +12,7 @@ import torch
 
 import ppo
 from rlhf import runtime
+from rlhf.evaluation import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 OTHERS = ("CONTRIBUTING.md", "README.md", "benchmarks/RESULTS.md", "data_cls/README.md", "data_nlg/README.md")
@@ -19,7 +20,8 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in OTHERS
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 CODE = (".", "rlhf", "rlhf/human", "experiments", "benchmarks", "tests/stress")  # where flags are defined
 RUN = ROOT / "data_results" / "K2_lr_1e-3_seed0"
-OPTIONAL_COLUMNS = {"labels", "score_<part>"}  # --reward human; several rewards
+OPTIONAL_COLUMNS = {"labels", "score_<part>", *COLUMNS}  # --reward human; several rewards; --eval-every
+OPTIONAL_COLUMNS |= {"guard"}  # which older logs lack
 ROW = re.compile(r"^\| (`[^|]*`) \|", re.MULTILINE)
 
 

@@ -15,12 +15,12 @@ LAYERS = [  # a module imports from the layers before its own only
     "errors distributed precision muon frontier model_card openmp recipes",
     "lora activations",
     "runtime cli checkpoint fast_path plots",
-    "policy data",
+    "policy data guard",
     "sampling optim",
     "models rollout supervised",
     "rewards",
     "gold human",
-    "run_log",
+    "run_log evaluation",
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 FILES = [

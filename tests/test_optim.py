@@ -144,9 +144,9 @@ def test_a_skipped_step_does_not_count_for_adam(tiny_model):
     metrics = ppo.update(policy, tiny_model, optimizer, rollout, targets, SETTINGS, generator())
     assert metrics["skipped"] == 1
     (adam,) = optimizer.members
-    (group,) = adam.param_groups
-    assert group["steps"] == 2 and {state["step"].item() for state in adam.state.values()} == {2}
-    assert group["eps"] == pytest.approx(1e-5 / math.sqrt(1 - 0.999**2))
+    assert {state["step"].item() for state in adam.state.values()} == {2}
+    for group in adam.param_groups:
+        assert group["steps"] == 2 and group["eps"] == pytest.approx(1e-5 / math.sqrt(1 - 0.999**2))
 
 
 def test_without_inner_matrices_there_is_nothing_for_muon():

@@ -47,6 +47,12 @@ def test_a_grid_runs_once_and_says_what_failed(home, monkeypatch):
     pd.testing.assert_frame_equal(second_table, table)
 
 
+@pytest.mark.parametrize("name", ["stability", "overoptimisation", "details"])
+def test_runs_that_may_break_have_no_guard(name):
+    grid = grids.GRIDS[name]
+    assert all("--no-kl-guard" in f"{grid.shared} {flags}" for flags in grid.variants.values())
+
+
 class Job:
     """A job that has ended: it returns its result or raises an error, like submitit's."""
 

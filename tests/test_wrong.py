@@ -1,5 +1,7 @@
 """Every wrong detail is wrong in the way that its docstring says."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import ppo
-from experiments import wrong
+from experiments import grids, wrong
 from rlhf import optim, policy, rewards, rollout, sampling
 from tests import tiny
-from tests.conftest import refused
+from tests.conftest import TINY_RUN, refused, run
 
 PATCHED = [
     (policy.PolicyWithValue, "__init__"),
@@ -111,6 +113,14 @@ def test_score():
     assert reward([], ["a", "b"], terminated).total.tolist() == [4, -2]
     wrong.score()
     assert reward([], ["a", "b"], terminated).total.tolist() == [10, -2]
+
+
+def test_it_takes_the_flags_of_the_grid(chain):
+    detail, *flags = grids.GRIDS["details"].variants["nothing"].split()
+    out = ["--run", "detail", "--out", "models/detail"]
+    run("experiments.wrong", detail, *flags, *TINY_RUN, "--response-length", 8, *out, cwd=chain[0])
+    settings = json.loads((chain[0] / "data_results" / "detail" / "config.json").read_text("utf-8"))["settings"]
+    assert settings["kl_guard"] is False
 
 
 def test_an_unknown_detail():

@@ -4,9 +4,12 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf import rewards
-from rlhf.human import answers, reward_model
-from rlhf.human.questions import Ask, draw_questions, samples_per_question
+import torch
+
+from rlhf import distributed, precision, rewards
+from rlhf.errors import UserError
+from rlhf.human import annotator, answers, page, reward_model, terminal
+from rlhf.human.questions import Ask, answer_keys, draw_questions, samples_per_question
 from rlhf.sampling import Sampling
 
 
@@ -76,3 +79,24 @@ class HumanFeedback:
         self.model.load_state_dict(state["weights"])
         self.model.config.update(state["calibration"])
         self.labels = state["labels"]
+
+
+def load(
+    policy: str, settings: Settings, updates: int, device: torch.device, precision_name: str, *,
+    annotator_spec: str | None, noise: float, gold: str, on_page: bool,
+) -> HumanFeedback:  # fmt: skip
+    """People, or an annotator in their place (annotator.load), and the reward model that will learn their answers.
+
+    policy: what the reward model starts as. on_page: ask in the browser, not at the terminal.
+    """
+    if distributed.world_size() > 1:
+        raise UserError("--reward human asks one person, in one process; start it without torchrun")
+    model, tokenizer = reward_model.new_model(policy, settings.kind)
+    precision.set_precision(model.to(device), precision.choose(precision_name, device, model))
+    if annotator_spec:
+        ask = annotator.load(annotator_spec, gold, noise, settings.seed, device, precision_name)
+    elif on_page:
+        ask = page.start(answer_keys(samples_per_question(settings.kind)))
+    else:
+        ask = terminal.ask
+    return HumanFeedback(model, tokenizer, ask, settings, updates)
