@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from rlhf import cli, data, frontier, gold, models, plots, precision, rewards, runtime
+from rlhf import cli, frontier, gold, models, plots, precision, prompting, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 from rlhf.policy import PolicyWithValue
@@ -29,9 +29,10 @@ from rlhf.sampling import Sampling, real_tokens, sample_many
 
 SAVED_SAMPLES = 4  # responses to a query in evaluation_samples.csv
 SHARED = "policy reward data data_config data_revision text_column query_length response_length temperature".split()
-SHARED += ["stop", "stop_after", "missing_stop_score"]  # settings that runs must have in common
+SHARED += ["stop", "stop_after", "missing_stop_score", "chat", "reward_sees"]  # settings that runs must have in common
 TRUSTED_ESS = 30  # below this many effective samples a query, the optimum is not known well
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+OLDER = {"chat": False, "reward_sees": "both"}  # settings that older runs lack
 Evaluate = Callable[[list[str], list[str], torch.Tensor], pd.DataFrame]  # queries, texts, terminated -> a row a text
 
 
@@ -61,7 +62,7 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     """The settings of a run, and its config.json."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        settings = argparse.Namespace(**config["settings"])
+        settings = argparse.Namespace(**OLDER | config["settings"])
         specs = [settings.reward] if isinstance(settings.reward, str) else settings.reward  # as old runs have it
         settings.reward = rewards.with_saved_human_model(specs, settings.out)
         return settings, config
@@ -86,24 +87,27 @@ def main() -> None:
     trained = shared_settings(runs)
 
     # data and models
-    texts = data.load_texts(trained.data, trained.data_config, trained.data_revision, trained.text_column)["valid"]
-    reference, tokenizer = models.load_policy(trained.policy, "--policy")
+    source = trained.data, trained.data_config, trained.data_revision, trained.text_column
+    texts = prompting.load(trained.chat, *source)
+    reference, tokenizer = models.load_policy(trained.policy, "--policy", trained.chat)
+    prompts = prompting.new(trained.chat, tokenizer, trained.reward_sees)
     reference.to(device)
     dtype = precision.choose(args.precision, device, reference)
     runtime.print_device(device, dtype)
     precision.freeze(reference, dtype)
-    reward = rewards.load(trained.reward, trained.missing_stop_score, device, args.precision)
-    judge = gold.load_judge(args.gold, texts, device, args.precision)
-    _, held_out = data.split_queries(texts, tokenizer, trained.query_length)
+    reward = rewards.load(trained.reward, trained.missing_stop_score, device, args.precision, split=prompts.split)
+    valid_texts = prompts.readable(texts["valid"])
+    judge = gold.load_judge(args.gold, valid_texts, device, args.precision)
+    held_out = prompts.held_out_queries(texts, trained.query_length)
     queries = random.Random(args.seed).sample(held_out, min(args.queries, len(held_out)))
 
     # the reference's many samples, from which the optimum is estimated, and its answers to compare with
     def evaluate(queries: list[str], texts: list[str], terminated: torch.Tensor) -> pd.DataFrame:
         return evaluate_texts(queries, texts, terminated, reward, judge)
 
-    stop_id = models.stop_token(tokenizer, trained.stop)
+    stop_id = prompts.stop_token(trained.stop)
     draw = {
-        "tokenizer": tokenizer,
+        "prompts": prompts,
         "queries": queries,
         "sampling": Sampling(trained.response_length, trained.temperature, stop_id, trained.stop_after),
         "evaluate": evaluate,
@@ -123,7 +127,7 @@ def main() -> None:
             score = reward.combine(raw)
             samples["score"] = np.where(samples["terminated"] > 0, score, trained.missing_stop_score)
         evaluation = {"queries": len(queries), "samples": len(after)}
-        evaluation |= against_the_optimum(pool, after, len(queries)) | compared(before, after, texts)
+        evaluation |= against_the_optimum(pool, after, len(queries)) | compared(before, after, valid_texts)
         for when, samples in (("before", before), ("after", after)):
             shares = gold.shares(samples[["valid", "ethical"]].to_numpy())
             evaluation["gold"] |= {f"{name}_{when}": share for name, share in shares.items()}
@@ -172,7 +176,7 @@ def evaluate_texts(
 
 
 def draw_pool(
-    model, *, tokenizer, queries: list[str], count: int, batch: int, sampling: Sampling, evaluate: Evaluate, seed: int
+    model, *, prompts, queries: list[str], count: int, batch: int, sampling: Sampling, evaluate: Evaluate, seed: int
 ) -> dict[str, np.ndarray]:
     """`count` responses to every query, evaluated: a row's columns but for the text, [queries, count] each."""
     generator = torch.Generator().manual_seed(seed)
@@ -180,13 +184,13 @@ def draw_pool(
     for query in tqdm(queries, desc="reference samples", unit="query", dynamic_ncols=True):
         for start in range(0, count, batch):
             rows = min(batch, count - start)
-            query_ids, query_mask = data.encode_queries(tokenizer, [query], model.device)
+            query_ids, query_mask = prompts.encode([query], model.device)
             response_ids = sample_many(model, query_ids, rows, sampling, generator)
             response_mask, terminated = real_tokens(response_ids, sampling)
-            ids = torch.cat([query_ids.expand(rows, -1), response_ids], 1)
-            mask = torch.cat([query_mask.expand(rows, -1), response_mask], 1)
-            texts = models.whole_texts(tokenizer, ids, mask)
-            evaluated.append(evaluate([query] * rows, texts, terminated).drop(columns="text"))
+            same = [query] * rows
+            asked = query_ids.expand(rows, -1), query_mask.expand(rows, -1)
+            texts = prompts.texts(same, *asked, response_ids, response_mask)
+            evaluated.append(evaluate(same, texts, terminated).drop(columns="text"))
     pool = pd.concat(evaluated)
     return {name: pool[name].to_numpy(dtype=float).reshape(len(queries), count) for name in pool}
 
@@ -195,7 +199,7 @@ def draw_answers(
     model,
     reference,
     *,
-    tokenizer,
+    prompts,
     queries: list[str],
     count: int,
     batch: int,
@@ -211,10 +215,10 @@ def draw_answers(
     evaluated = []
     for start in tqdm(range(0, len(repeated), batch), desc=label, unit="batch", dynamic_ncols=True):
         drawn = repeated[start : start + batch]
-        encoded = data.encode_queries(tokenizer, drawn, model.device)
+        encoded = prompts.encode(drawn, model.device)
         rollout = collect(policy, reference, *encoded, sampling, generator, forward_batch=batch)
-        rows = evaluate(drawn, models.whole_texts(tokenizer, rollout.ids, rollout.mask), rollout.terminated)
-        rows.insert(0, "query", drawn)
+        rows = evaluate(drawn, prompts.texts(drawn, *rollout.tokens), rollout.terminated)
+        rows.insert(0, "query", [prompts.split(*pair).query for pair in zip(drawn, rows.text, strict=True)])
         rows.insert(1, "draw", np.arange(start, start + len(drawn)) % count)
         rows["kl"] = rollout.exact_kl.sum(1).double().cpu()
         rows["reference_nats"] = -rollout.ref_logprobs.sum(1).double().cpu()

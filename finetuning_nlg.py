@@ -35,6 +35,7 @@ from rlhf import (
     optim,
     plots,
     precision,
+    prompting,
     recipes,
     rewards,
     runtime,
@@ -59,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     model_flags.add_argument("--out", default="models/nlg_ppo", help="folder to write")
     cli.add_model_flags(model_flags)
     model_flags.add_argument("--separate-value", action="store_true", help="a value network, not a head on the policy")
+    cli.add_chat_flags(parser.add_argument_group("chat models"))
     cli.add_rollout_flags(parser.add_argument_group("rollout"))
     cli.add_reward_flags(parser.add_argument_group("reward"))
     cli.add_human_flags(parser.add_argument_group("feedback from people (--reward human)"))
@@ -72,10 +74,13 @@ def parse_args() -> argparse.Namespace:
     cli.add_machine_flags(parser)
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
+    cli.fill_chat(args)
     recipes.fill(args, recipes.with_lora(recipes.PPO, args.lora), args.policy)
     cli.check_lora(args, args.policy, "--policy")
     cli.check_ppo_flags(args)
     args.reward = args.reward or ["models/cls"]
+    if args.reward_sees == prompting.REPLY and rewards.includes_people(args.reward):
+        raise UserError("--reward human: people judge a reply to its prompt; take --reward-sees both")
     args.run = args.run or f"K{args.ppo_epochs}_lr_{plots.short(args.lr)}_seed{args.seed}"
     return args
 
@@ -91,19 +96,21 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     updates = args.episodes // args.batch_size
 
     # data and models
-    texts = data.load_texts(args.data, args.data_config, args.data_revision, args.text_column)
+    texts = prompting.load(args.chat, args.data, args.data_config, args.data_revision, args.text_column)
     reference, model, tokenizer, dtype = load_models(args, device)
+    prompts = prompting.new(args.chat, tokenizer, args.reward_sees)
     human = new_human(args, device, updates) if rewards.includes_people(args.reward) else None
     policy = PolicyWithValue(model, args.separate_value, dtype).eval()
     reward = rewards.load(
-        args.reward, args.missing_stop_score, device, args.precision, human and (human.model, human.tokenizer)
-    )
-    judge = gold.load_judge(args.gold, texts["valid"], device, args.precision)
-    queries = data.training_queries(texts, tokenizer, args.query_length)
-    settings, sampling = ppo_settings(args), sampling_of(args, tokenizer)
+        args.reward, args.missing_stop_score, device, args.precision, human and (human.model, human.tokenizer),
+        prompts.split,
+    )  # fmt: skip
+    judge = gold.load_judge(args.gold, prompts.readable(texts["valid"]), device, args.precision)
+    queries = prompts.training_queries(texts, args.query_length)
+    settings, sampling = ppo_settings(args), sampling_of(args, prompts)
     measure = functools.partial(
-        evaluation.measure, reference=reference, tokenizer=tokenizer, reward=reward, judge=judge, sampling=sampling,
-        queries=evaluation.held_out_queries(texts, tokenizer, args.query_length) if args.eval_every else [],
+        evaluation.measure, reference=reference, prompts=prompts, reward=reward, judge=judge, sampling=sampling,
+        queries=evaluation.held_out_queries(prompts, texts, args.query_length) if args.eval_every else [],
         kl_coef=args.kl_coef, forward_batch=args.forward_batch, seed=args.seed,
     )  # fmt: skip
 
@@ -118,7 +125,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     kl_guard = guard.KLGuard(args.kl_limit if guarded else None, training)
     evaluations = evaluation.Evaluation(args.eval_every, updates, measure)
     log = RunLog(
-        Path(args.results) / args.run, updates, args.batch_size, tokenizer=tokenizer, judge=judge,
+        Path(args.results) / args.run, updates, args.batch_size, split=prompts.split, judge=judge,
         part_names=[part.name for part in reward.parts], kl_limit=None if guarded else args.kl_limit,
         tensorboard=args.tensorboard,
     )  # fmt: skip
@@ -129,7 +136,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     # a new run, on whose reference samples the scores are standardized, or a stopped one
     first_queries = distributed.shard(query_stream.take(args.reference_samples))
     needed = first_queries if human or checkpoints.stage is None else []  # a stopped run has its score statistics
-    texts = models.continuations(reference, tokenizer, needed, sampling, sample_rng)
+    texts = models.continuations(reference, prompts, needed, sampling, sample_rng)
     samples = ReferenceSamples(first_queries, texts)
     if not checkpoints.restore(state):
         start(args, log, reward, human, samples, runtime.provenance(device, dtype))
@@ -141,7 +148,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     for update in log.updates():
         if human and human.is_due(update):
             checkpoints.after_step(update - 1, state, now=True)  # people may take their time
-            ask_people(args, human, policy, tokenizer, queries, sampling, update, log.folder)
+            ask_people(args, human, policy, prompts, queries, sampling, update, log.folder)
             calibrate(reward, human, samples)
             evaluations.forget_best()
             write_config(args, reward, log.folder, runtime.provenance(device, dtype))
@@ -153,13 +160,13 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
         batch = [query for query in batch for _ in range(args.answers)]
         minibatches = shuffled_minibatches(len(batch), args.minibatches, shuffle_rng)
         rollout = collect(
-            policy, reference, *data.encode_queries(tokenizer, batch, device), sampling, sample_rng,
+            policy, reference, *prompts.encode(batch, device), sampling, sample_rng,
             forward_batch=args.forward_batch, minibatches=minibatches,
             shortest_query=data.shortest_query(args.query_length) if args.query_kl else None,
         )  # fmt: skip
         clock.lap("rollout")
 
-        texts = models.whole_texts(tokenizer, rollout.ids, rollout.mask)
+        texts = prompts.texts(batch, *rollout.tokens)
         scores = reward(batch, texts, rollout.terminated)
         clock.lap("score")
 
@@ -171,7 +178,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
 
         action = kl_guard.watch(update, distributed.mean(rollout.exact_kl.sum(1)).item())
         row = log.write(
-            update, lr=lr, kl_coef=kl_coef, rollout=rollout, texts=texts, scores=scores, metrics=metrics,
+            update, lr=lr, kl_coef=kl_coef, rollout=rollout, queries=batch, texts=texts, scores=scores, metrics=metrics,
             seconds=clock.laps, ethics_before=reward.ethics_before, labels=human.labels if human else None,
             guard=action, evaluation=evaluations.after_update(update, policy),
         )  # fmt: skip
@@ -191,8 +198,8 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     if human:
         save_reward_model(args, human, log.folder, provenance)
     kl_guard.raise_if_stopped(args.out, saved_to=out)
-    texts = models.continuations(policy.in_precision(), tokenizer, samples.queries[:SHOWN], sampling, sample_rng)
-    show(args, samples.queries[:SHOWN], log.texts_before, texts)
+    texts = models.continuations(policy.in_precision(), prompts, samples.queries[:SHOWN], sampling, sample_rng)
+    show(args, prompts, samples.queries[:SHOWN], log.texts_before, texts)
 
 
 # what a run is made of
@@ -202,7 +209,7 @@ class ReferenceSamples(NamedTuple):
     """This process's part of the reference's own texts."""
 
     queries: list[str]
-    texts: list[str]  # each begins with its query; none where a stopped run has no use for them
+    texts: list[str]  # what is seen of them; none where a stopped run has no use for them
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
@@ -210,7 +217,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
 
     With --lora the policy is the reference with adapters, and holds no other weights of its own.
     """
-    reference, tokenizer = models.load_policy(args.policy, "--policy")
+    reference, tokenizer = models.load_policy(args.policy, "--policy", args.chat)
     tokens = args.query_length + args.response_length
     models.check_length(reference, tokenizer, tokens, "--query-length and --response-length")
     if args.batch_size % (args.answers * distributed.world_size()):
@@ -260,9 +267,8 @@ def ppo_settings(args: argparse.Namespace) -> ppo.Settings:
     )
 
 
-def sampling_of(args: argparse.Namespace, tokenizer) -> Sampling:
-    stop_id = models.stop_token(tokenizer, args.stop)
-    return Sampling(args.response_length, args.temperature, stop_id, args.stop_after)
+def sampling_of(args: argparse.Namespace, prompts) -> Sampling:
+    return Sampling(args.response_length, args.temperature, prompts.stop_token(args.stop), args.stop_after)
 
 
 def calibrate(reward: rewards.Reward, human: feedback.HumanFeedback | None, samples: ReferenceSamples) -> None:
@@ -293,10 +299,10 @@ def start(
     write_config(args, reward, log.folder, provenance)
 
 
-def ask_people(args, human, policy, tokenizer, queries: list[str], sampling: Sampling, update: int, folder) -> None:
+def ask_people(args, human, policy, prompts, queries: list[str], sampling: Sampling, update: int, folder) -> None:
     """A round of questions about the policy before this update, from which the reward model learns."""
     name = f"{args.out} after {update - 1} updates" if update > 1 else args.policy
-    row = human.ask_and_learn(policy.in_precision(), name, tokenizer, queries, sampling, update)
+    row = human.ask_and_learn(policy.in_precision(), name, prompts, queries, sampling, update)
     append(folder / REWARD_MODEL, [row])
 
 
@@ -322,10 +328,11 @@ def save_reward_model(args: argparse.Namespace, human: feedback.HumanFeedback, f
     models.save_folder(f"{args.out}_reward", human.model, human.tokenizer, card)
 
 
-def show(args: argparse.Namespace, queries: list[str], before: list[str], after: list[str]) -> None:
+def show(args: argparse.Namespace, prompts, queries: list[str], texts_before: list[str], texts_after: list[str]):
     """Print texts before and after, and where the results are."""
-    for query, old, new in zip(queries, before, after, strict=False):
-        print(f"\n{query}\n  before: {old.removeprefix(query).strip()}\n  after:  {new.removeprefix(query).strip()}")
+    for query, old, new in zip(queries, texts_before, texts_after, strict=False):
+        before, after = (prompts.split(query, text) for text in (old, new))
+        print(f"\n{before.query}\n  before: {before.response.strip()}\n  after:  {after.response.strip()}")
     figure = plots.save_improvement(Path(args.results), args.ppo_epochs, args.lr)
     print(f"\npolicy: {args.out}; run: {Path(args.results) / args.run}" + (f"; figure: {figure}" if figure else ""))
 

@@ -27,6 +27,7 @@ from rlhf import (
     model_card,
     models,
     precision,
+    prompting,
     recipes,
     runtime,
     supervised,
@@ -147,7 +148,7 @@ def judge_samples(
     for temperature in sorted({args.temperature, 1.0}):
         sampling = Sampling(args.response_length, temperature, tokenizer.eos_token_id)
         generator = torch.Generator().manual_seed(args.seed)
-        samples = models.continuations(model, tokenizer, queries, sampling, generator)
+        samples = models.continuations(model, prompting.Texts(tokenizer), queries, sampling, generator)
         shares = gold.shares(gold.judged(judge, samples))
         metrics |= {f"{name}_at_{temperature:g}": share for name, share in shares.items()}
         print(f"\nsamples at temperature {temperature:g}")

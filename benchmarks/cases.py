@@ -184,7 +184,7 @@ class Update:
         )
 
     def score(self, rollout: Rollout) -> rewards.Scores:
-        texts = models.whole_texts(self.tokenizer, rollout.ids, rollout.mask)
+        texts = models.decode(self.tokenizer, rollout.ids, rollout.mask)
         return self.reward(self.queries, texts, rollout.terminated)
 
     def learn(self, rollout: Rollout, scores: rewards.Scores) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ import torch
 
 from data_cls import scenarios
 from experiments.commands import ROOT, run
-from rlhf import cli, data, models, rewards, runtime
+from rlhf import cli, data, models, prompting, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.sampling import Sampling
 
@@ -93,7 +93,8 @@ def measure(policy: str, queries: list[str], settings: dict, device: torch.devic
     model, tokenizer = models.load_policy(policy, "--policy")
     sampling = Sampling(settings["response_length"], settings["temperature"], tokenizer.eos_token_id)
     queries = queries * SAMPLES
-    texts = models.continuations(model.to(device), tokenizer, queries, sampling, torch.Generator().manual_seed(0))
+    prompts, generator = prompting.Texts(tokenizer), torch.Generator().manual_seed(0)
+    texts = models.continuations(model.to(device), prompts, queries, sampling, generator)
     reward = rewards.load(settings["reward"], settings["missing_stop_score"], device, "auto")
     ethics = reward.ethics(reward.raw_scores(queries, texts))
     verdicts = [scenarios.judge(text) for text in texts]

@@ -26,7 +26,7 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from rlhf import cli, data, runtime
+from rlhf import cli, data, prompting, runtime
 from rlhf.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def train(options: dict, config: dict, seed: int, out: Path) -> float:
     settings = config["settings"]
     tokenizer = AutoTokenizer.from_pretrained(settings["policy"], padding_side="left")
     source = [settings[name] for name in ("data", "data_config", "data_revision", "text_column")]
-    queries = data.training_queries(data.load_texts(*source), tokenizer, settings["query_length"])
+    queries = prompting.Texts(tokenizer).training_queries(data.load_texts(*source), settings["query_length"])
     trl_trainer = trainer(
         AutoModelForCausalLM.from_pretrained(settings["policy"]),
         reward_with_one_output(settings["reward"][0], config["score_mean"][0], config["score_std"][0]),

@@ -141,9 +141,15 @@ def add_gold_flag(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--query-length", type=COUNT, default=5, help="longest query in tokens; the shortest is half")
-    group.add_argument("--response-length", type=COUNT, default=40, help="longest response in tokens")
+def add_sampling_flags(group: argparse._ArgumentGroup, with_chat: bool = False) -> None:
+    def length(flag: str, text: str) -> dict:
+        of_texts, of_chat = recipes.LENGTHS[flag]
+        if with_chat:
+            return {"type": COUNT, "help": f"{text} (default: {of_texts}, {of_chat} with --chat)"}
+        return {"type": COUNT, "help": text, "default": of_texts}
+
+    group.add_argument("--query-length", **length("query_length", "longest query in tokens; the shortest is half"))
+    group.add_argument("--response-length", **length("response_length", "longest response in tokens"))
     group.add_argument("--temperature", type=POSITIVE, default=0.7, help="divides the logits, in sampling and training")
 
 
@@ -160,10 +166,39 @@ def add_checkpoint_flags(group: argparse._ArgumentGroup, every: int) -> None:
 ppo_recipe = functools.partial(recipes.described, recipes.PPO)
 
 
+def add_chat_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="--data holds prompts or conversations (columns prompt, messages) for the policy's chat template; those "
+        "longer than --query-length are left out, and a reply ends with the turn",
+    )
+    group.add_argument(
+        "--reward-sees",
+        choices=("both", "reply"),
+        default="both",
+        help="of a conversation: what was said before and the reply on the next line, or the reply alone",
+    )
+
+
+def fill_chat(args: argparse.Namespace) -> None:
+    """Give the flags that depend on --chat their defaults."""
+    recipes.choose(args, recipes.LENGTHS, args.chat)
+    if args.chat and args.query_kl:
+        raise UserError("--query-kl is for queries that may end earlier; with --chat none does")
+    if args.chat:
+        args.query_kl = False
+    elif args.reward_sees != "both":
+        raise UserError(f"--reward-sees {args.reward_sees} is about the replies of --chat")
+
+
 def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
-    add_sampling_flags(group)
+    add_sampling_flags(group, with_chat=True)
     group.add_argument("--answers", type=COUNT, default=1, help="responses to every query of a batch")
-    group.add_argument("--stop", help="token that ends a response (default: the tokenizer's end of text)")
+    group.add_argument(
+        "--stop",
+        help="token that ends a response (default: the tokenizer's end of text; with --chat the end of the turn)",
+    )
     group.add_argument("--stop-after", type=number(int, 0), default=0, help="tokens before --stop counts")
 
 

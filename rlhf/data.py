@@ -3,13 +3,14 @@
 import random
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 from torch import Tensor
 
@@ -22,6 +23,7 @@ SPLIT_NAMES = {"validation": "valid", "dev": "valid", "val": "valid"}
 TEXT_COLUMNS = ("text", "sentence", "input", "content", "prompt")  # the first one there is, if the user names none
 VALID_FRACTION = 0.1  # of the training rows, where the data has no validation split
 HELD_OUT = 5  # one in so many queries is for evaluation only
+Read = Callable[[datasets.Dataset, list[str] | None], list[str]]  # the texts of rows, of these columns if any are given
 
 
 # splits of rows
@@ -90,6 +92,10 @@ def _hub_dataset(name: str, config: str | None, revision: str | None) -> dict[st
             folder = snapshot_download(
                 name, repo_type="dataset", revision=revision, allow_patterns=f"{config or '*'}/*"
             )
+            if config and not Path(folder, config).is_dir():
+                files = HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
+                configs = ", ".join(sorted({file.partition("/")[0] for file in files if "/" in file}))
+                raise UserError(f"--data-config {config}: the configurations of {name} are {configs}")
             return dict(datasets.load_dataset(folder, data_dir=config))
         return dict(datasets.load_dataset(name, config, revision=revision))
     except RevisionNotFoundError as error:
@@ -97,6 +103,8 @@ def _hub_dataset(name: str, config: str | None, revision: str | None) -> dict[st
             f"{name} has no branch {revision} on the hub; download its CSV files as train.csv, valid.csv and test.csv "
             "into a folder and give that, --data FOLDER"
         ) from error
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{name} is neither a file or folder here nor a dataset the hub gives: {error}") from error
 
@@ -109,21 +117,6 @@ def hold_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # texts
-
-
-def load_texts(
-    source: str, config: str | None = None, revision: str | None = None, text_columns: list[str] | None = None
-) -> dict[str, list[str]]:
-    """The texts of every split, without labels; "valid" is a tenth of "train" where the data has none."""
-    splits = load_splits(source, config, revision)
-    texts = {name: [text for text in texts_of(rows, text_columns) if text] for name, rows in splits.items()}
-    if "valid" not in texts and texts["train"]:
-        train, valid = hold_out(len(texts["train"]), seed=0)
-        texts["valid"] = [texts["train"][i] for i in valid]
-        texts["train"] = [texts["train"][i] for i in train]
-    if not (texts["train"] and texts.get("valid")):
-        raise UserError(f"{source} holds too few texts: at least one to train on and one to validate with are needed")
-    return texts
 
 
 def texts_of(rows: datasets.Dataset, text_columns: list[str] | None) -> list[str]:
@@ -139,6 +132,25 @@ def texts_of(rows: datasets.Dataset, text_columns: list[str] | None) -> list[str
         for column in text_columns:
             cells = [str(row[name]).strip() for name in column.split("+") if row[name] is not None]
             texts.append(" ".join(cell for cell in cells if cell))
+    return texts
+
+
+def load_texts(
+    source: str,
+    config: str | None = None,
+    revision: str | None = None,
+    text_columns: list[str] | None = None,
+    read: Read = texts_of,
+) -> dict[str, list[str]]:
+    """The texts of every split, without labels; "valid" is a tenth of "train" where the data has none."""
+    splits = load_splits(source, config, revision)
+    texts = {name: [text for text in read(rows, text_columns) if text] for name, rows in splits.items()}
+    if "valid" not in texts and texts["train"]:
+        train, valid = hold_out(len(texts["train"]), seed=0)
+        texts["valid"] = [texts["train"][i] for i in valid]
+        texts["train"] = [texts["train"][i] for i in train]
+    if not (texts["train"] and texts.get("valid")):
+        raise UserError(f"{source} holds too few texts: at least one to train on and one to validate with are needed")
     return texts
 
 
@@ -276,39 +288,26 @@ def split_queries(texts: list[str], tokenizer, length: int) -> tuple[list[str], 
     """The queries of these texts: those for training, and those for evaluation only, about a fifth.
 
     A query is the first tokens of an opening, from half of `length` to `length` of them, as the 32 to 64 of [1]; the
-    text's checksum decides how many. The query's own checksum decides on which side it is, so that equal queries are
-    on the same side in every script and every run.
+    text's checksum decides how many.
     """
     shortest = shortest_query(length)
     rows = tokenizer([opening(text) for text in texts], add_special_tokens=False)["input_ids"]
     lengths = [shortest + zlib.crc32(text.encode()) % (length - shortest + 1) for text in texts]
+    return hold_out_queries(tokenizer.batch_decode([row[:count] for row, count in zip(rows, lengths, strict=True)]))
+
+
+def hold_out_queries(queries: list[str], text_of: Callable[[str], str] = str) -> tuple[list[str], list[str]]:
+    """The queries for training, and those for evaluation only, about a fifth.
+
+    The checksum of a query's text decides on which side it is, so that equal queries are on the same side in every
+    script and every run.
+    """
     training, held_out = [], []
-    for query in tokenizer.batch_decode([row[:count] for row, count in zip(rows, lengths, strict=True)]):
-        (held_out if zlib.crc32(query.encode()) % HELD_OUT == 0 else training).append(query)
+    for query in queries:
+        (held_out if zlib.crc32(text_of(query).encode()) % HELD_OUT == 0 else training).append(query)
     if not (training and held_out):
         raise UserError("the validation texts are too few to hold out queries for evaluation; give more of them")
     return training, held_out
-
-
-def training_queries(texts: dict[str, list[str]], tokenizer, length: int) -> list[str]:
-    """The training queries of both splits. Queries of "valid" alone would be too few to learn what follows rare ones.
-
-    "valid" must have some for evaluation, which is refused here rather than after the training.
-    """
-    split_queries(texts["valid"], tokenizer, length)
-    return split_queries(texts["train"] + texts["valid"], tokenizer, length)[0]
-
-
-def validation_queries(texts: dict[str, list[str]], tokenizer, length: int, count: int) -> list[str]:
-    """Up to `count` held-out queries for evaluation during training, always the same.
-
-    First come those that are not in "valid", whose queries evaluate_nlg.py asks: what is chosen by some queries should
-    not be judged by them.
-    """
-    _, held_out = split_queries(texts["train"] + texts["valid"], tokenizer, length)
-    of_valid = set(split_queries(texts["valid"], tokenizer, length)[1])
-    shuffled = random.Random(0).sample(held_out, len(held_out))
-    return sorted(shuffled, key=lambda query: query in of_valid)[:count]
 
 
 def encode_queries(tokenizer, queries: list[str], device: torch.device) -> tuple[Tensor, Tensor]:

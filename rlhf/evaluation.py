@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rlhf import data, distributed, gold, lora, models
+from rlhf import distributed, gold, lora
 from rlhf.checkpoint import cpu_copy
 from rlhf.errors import UserError
 from rlhf.model_card import Chosen
@@ -20,16 +20,16 @@ Row = dict[str, float | None]  # COLUMNS
 Measure = Callable[[PolicyWithValue], Row]
 
 
-def held_out_queries(texts: dict[str, list[str]], tokenizer, length: int) -> list[str]:
+def held_out_queries(prompts, texts: dict[str, list[str]], length: int) -> list[str]:
     """The queries of every evaluation, at least one for each process."""
-    queries = data.validation_queries(texts, tokenizer, length, QUERIES)
+    queries = prompts.validation_queries(texts, length)[:QUERIES]
     if len(queries) < distributed.world_size():
         raise UserError(f"--eval-every: {len(queries)} held-out queries are too few for the processes; give more texts")
     return queries
 
 
 def measure(
-    policy: PolicyWithValue, *, reference, tokenizer, queries: list[str], reward: Reward, judge: gold.Judge | None,
+    policy: PolicyWithValue, *, reference, prompts, queries: list[str], reward: Reward, judge: gold.Judge | None,
     sampling: Sampling, kl_coef: float, forward_batch: int, seed: int,
 ) -> Row:  # fmt: skip
     """What one response to each of the queries, of which every process takes a shard, says of a policy.
@@ -37,9 +37,9 @@ def measure(
     The responses are drawn with the same random numbers every time, and with none of the training's.
     """
     shard, rng = distributed.shard(queries), distributed.generator(seed)
-    encoded = data.encode_queries(tokenizer, shard, policy.value_head.weight.device)
+    encoded = prompts.encode(shard, policy.value_head.weight.device)
     rollout = collect(policy, reference, *encoded, sampling, rng, forward_batch=forward_batch)
-    texts = models.whole_texts(tokenizer, rollout.ids, rollout.mask)
+    texts = prompts.texts(shard, *rollout.tokens)
     scores = reward(shard, texts, rollout.terminated)
     per_response = scores.total.tolist(), scores.ethics.tolist(), rollout.exact_kl.sum(1).tolist()
     score, ethics, kl = (float(np.mean(distributed.gather(x))) for x in per_response)

@@ -23,7 +23,6 @@ from transformers import (
 from transformers.activations import ACT2FN, NewGELUActivation
 
 from rlhf import distributed, lora, runtime
-from rlhf.data import encode_queries
 from rlhf.errors import UserError
 from rlhf.runtime import offline_without_network
 from rlhf.sampling import Sampling, real_tokens, sample
@@ -113,12 +112,13 @@ def scratch_config(tokenizer, name: str = "scratch") -> PretrainedConfig:
 
 
 def load_pretrained(
-    auto_class: type, name: str, flag: str, **options
+    auto_class: type, name: str, flag: str, is_chat: bool = False, **options
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model, in float32, and its tokenizer.
 
     auto_class: such as AutoModelForCausalLM. name: a folder, a GGUF file or a hub name. flag: for messages; with
-    --model, which is still to be trained, the model may get a new head. options: as from_pretrained takes them.
+    --model, which is still to be trained, the model may get a new head. is_chat: whether it must have a chat template.
+    options: as from_pretrained takes them.
     """
     source, file = (name, {}) if Path(name).suffix != GGUF else gguf_file(Path(name), flag)
     if not Path(source).is_dir():
@@ -131,6 +131,8 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **file)
         if len(tokenizer) < 2:
             raise ValueError("it holds no tokenizer")
+        if is_chat and not tokenizer.chat_template:
+            raise ValueError("its tokenizer has no chat template, which --chat needs")
         if file:  # weights that can be trained and saved, not the file's few bits
             options["quantization_config"] = GgufConfig(**file, dequantize=True)
         model, info = auto_class.from_pretrained(
@@ -170,10 +172,10 @@ def fuse_gelu(model: PreTrainedModel) -> None:
                 layer.act = ACT2FN[FUSED_GELU]
 
 
-def load_policy(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(name: str, flag: str, is_chat: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model that PPO can train, and its tokenizer. Adapters of a folder are merged into it."""
     base = lora.base_of_folder(name, flag)
-    model, tokenizer = load_pretrained(AutoModelForCausalLM, base or name, flag)
+    model, tokenizer = load_pretrained(AutoModelForCausalLM, base or name, flag, is_chat)
     if base:
         model = lora.merge_folder(model, name, flag)
     if tokenizer.eos_token is None:
@@ -210,24 +212,24 @@ def stop_token(tokenizer, stop: str | None) -> int:
 # what a policy writes
 
 
-def whole_texts(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:
-    """The real tokens of queries with their responses [B, T] as one text each."""
+def decode(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:
+    """The real tokens of every row [B, T] as a text."""
     rows = ids.where(mask.bool(), NO_TOKEN).tolist()  # one copy to the host, which waits for a GPU
     return tokenizer.batch_decode([[i for i in row if i != NO_TOKEN] for row in rows], skip_special_tokens=True)
 
 
 @torch.no_grad()
 def continuations(
-    model, tokenizer, queries: list[str], sampling: Sampling, generator: torch.Generator, batch: int = 256
+    model, prompts, queries: list[str], sampling: Sampling, generator: torch.Generator, batch: int = 256
 ) -> list[str]:
-    """Each query with a response of `model`, as one text."""
+    """What is seen of a response of `model` to each query; prompts: one of the two classes in rlhf/prompting.py."""
     texts = []
     for start in range(0, len(queries), batch):
-        query_ids, query_mask = encode_queries(tokenizer, queries[start : start + batch], model.device)
+        few = queries[start : start + batch]
+        query_ids, query_mask = prompts.encode(few, model.device)
         response_ids, _ = sample(model, query_ids, query_mask, sampling, generator)
         response_mask, _ = real_tokens(response_ids, sampling)
-        ids, mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, response_mask], 1)
-        texts += whole_texts(tokenizer, ids, mask)
+        texts += prompts.texts(few, query_ids, query_mask, response_ids, response_mask)
     return texts
 
 

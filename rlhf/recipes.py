@@ -32,6 +32,7 @@ PPO: Recipe = {
     "query_kl": (True, False),
     "reference_samples": (4096, 1024),
 }
+LENGTHS: Recipe = {"query_length": (5, 256), "response_length": (40, 128)}  # flag -> its default for texts, with --chat
 LORA_LR = 10  # learning rates of adapters, relative to full fine-tuning with Adam ("LoRA Without Regret", 2025)
 MUON_LR = 3  # Muon's learning rates, relative to Adam's
 
@@ -61,10 +62,14 @@ def with_lora(recipe: Recipe, rank: int | None) -> Recipe:
 
 def fill(args: argparse.Namespace, recipe: Recipe, name: str) -> None:
     """Give every flag of the recipe that the user did not set its default for the model `name`."""
-    is_pretrained = kind_of(name) == PRETRAINED
+    choose(args, recipe, kind_of(name) == PRETRAINED)
+
+
+def choose(args: argparse.Namespace, recipe: Recipe, is_second: bool) -> None:
+    """Give every flag of the recipe that the user did not set the first or the second of its defaults."""
     for flag, defaults in recipe.items():
         if getattr(args, flag) is None:
-            setattr(args, flag, defaults[is_pretrained])
+            setattr(args, flag, defaults[is_second])
 
 
 def summary(args: argparse.Namespace, recipe: Recipe, name: str) -> str:

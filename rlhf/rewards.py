@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification
 
-from rlhf import distributed, models, precision
+from rlhf import distributed, models, precision, prompting
 from rlhf.errors import UserError
 from rlhf.policy import hidden_states
 
 WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(.+)")
-RawScore = Callable[[list[str], list[str]], np.ndarray]  # queries, texts that begin with them -> raw scores [B]
+RawScore = Callable[[list[str], list[str]], np.ndarray]  # queries, what is seen of the responses -> raw scores [B]
+Split = Callable[[str, str], prompting.Sample]  # a query, a text -> what people read
 
 
 class Part(NamedTuple):
@@ -56,7 +57,7 @@ class Reward:
         self.ethics_before = float(self.ethics(raw).mean())
 
     def __call__(self, queries: list[str], texts: list[str], terminated: Tensor) -> Scores:
-        """Score B texts that begin with the queries; terminated [B]: whether they end with the stop token."""
+        """Score B responses to the queries by their texts; terminated [B]: whether they end with the stop token."""
         raw = self.raw_scores(queries, texts)
         total = torch.tensor(self.combine(raw), device=terminated.device).float()
         return Scores(total.where(terminated, self.missing_stop_score), self.ethics(raw), self.standardize(raw))
@@ -92,12 +93,17 @@ class Reward:
 
 
 def load(
-    specs: list[str], missing_stop_score: float, device: torch.device, precision_name: str, human: tuple | None = None
+    specs: list[str],
+    missing_stop_score: float,
+    device: torch.device,
+    precision_name: str,
+    human: tuple | None = None,
+    split: Split = prompting.Texts.split,
 ) -> Reward:
     """Every spec is a folder or hub name of a classifier, FILE.py:FUNCTION, or human; WEIGHT* may stand before it.
 
     precision_name: one of precision.PRECISIONS. human: the model of people's answers, still to be trained, and its
-    tokenizer.
+    tokenizer. split: takes a text apart for a function.
     """
     parts = []
     for spec in specs:
@@ -108,7 +114,7 @@ def load(
         elif is_model:
             raw_score = frozen_model(*load_model(what), device, precision_name)
         else:
-            raw_score = user_function(load_function(what, "--reward"))
+            raw_score = user_function(load_function(what, "--reward"), split)
         file, _, function = what.rpartition(":")
         name = Path(what).name if is_model else f"{Path(file).stem}.{function}"
         if name in [part.name for part in parts]:
@@ -151,7 +157,7 @@ def score_texts(model, tokenizer, queries: list[str], texts: list[str]) -> np.nd
     return log_odds(model, tokenizer, texts, model.device)
 
 
-def user_function(function: Callable) -> RawScore:
+def user_function(function: Callable, split: Split) -> RawScore:
     """The raw scores of a function of the texts, or, if it takes two arguments, of the queries and the responses."""
     needed = [
         parameter
@@ -162,8 +168,9 @@ def user_function(function: Callable) -> RawScore:
     def raw_score(queries: list[str], texts: list[str]) -> np.ndarray:
         if len(needed) < 2:
             return np.asarray(function(texts), dtype=float)
-        responses = [text[len(query) :] for query, text in zip(queries, texts, strict=True)]
-        return np.asarray(function(queries, responses), dtype=float)
+        samples = [split(query, text) for query, text in zip(queries, texts, strict=True)]
+        messages, responses = ([getattr(sample, name) for sample in samples] for name in ("message", "response"))
+        return np.asarray(function(messages, responses), dtype=float)
 
     return raw_score
 

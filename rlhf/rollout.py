@@ -57,6 +57,10 @@ class Responses:
     def mask(self) -> Tensor:  # [B, T]
         return torch.cat([self.query_mask, self.response_mask], 1)
 
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.query_ids, self.query_mask, self.response_ids, self.response_mask
+
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor, Tensor]:
         """The N real response tokens among all B * R; the tokens before them among all B * T; the M tokens inside the

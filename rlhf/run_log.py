@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf import distributed, gold, runtime
 from rlhf.errors import UserError
-from rlhf.rewards import Scores
+from rlhf.rewards import Scores, Split
 from rlhf.rollout import Rollout
 from rlhf.runtime import TOLERATED
 
@@ -30,13 +30,13 @@ class RunLog:
         updates: int,
         batch_size: int,
         *,
-        tokenizer,
+        split: Split,
         part_names: list[str],
         judge: gold.Judge | None,
         kl_limit: float | None,  # of a warning
         tensorboard: bool,
     ):
-        self.folder, self._updates, self._batch_size, self._tokenizer = folder, updates, batch_size, tokenizer
+        self.folder, self._updates, self._batch_size, self._split = folder, updates, batch_size, split
         self._part_names, self._judge, self._kl_limit, self._tensorboard = part_names, judge, kl_limit, tensorboard
         self.last_row: dict = {}
         self.texts_before: list[str] = []  # the reference's, to show beside the policy's at the end
@@ -70,6 +70,7 @@ class RunLog:
         lr: float,
         kl_coef: float,
         rollout: Rollout,
+        queries: list[str],
         texts: list[str],
         scores: Scores,
         metrics: dict[str, float | None],
@@ -81,8 +82,8 @@ class RunLog:
     ) -> dict[str, float | str | None]:
         """Write an update's row of log.csv, and samples now and then. Returns the row.
 
-        metrics: those of ppo.update; seconds: of the stages; guard: what it did; evaluation: its columns; labels:
-        answers of people so far.
+        queries, texts: of the rollout; metrics: those of ppo.update; seconds: of the stages; guard: what it did;
+        evaluation: its columns; labels: answers of people so far.
         """
         mask = rollout.response_mask
         ethics = float(np.mean(distributed.gather(scores.ethics.tolist())))
@@ -117,7 +118,7 @@ class RunLog:
         append(self.folder / "log.csv", [row])
         self._show(row)
         if update % SAMPLE_EVERY in (0, 1) or update == self._updates:
-            append(self.folder / "samples.csv", self._samples(update, rollout, texts, scores))
+            append(self.folder / "samples.csv", self._samples(update, rollout, queries, texts, scores))
         self._done, self.last_row = update, row
         return row
 
@@ -167,19 +168,21 @@ class RunLog:
             f"{row['episodes_per_second']:.0f} episodes/s{self._evaluation}"
         )
 
-    def _samples(self, update: int, rollout: Rollout, texts: list[str], scores: Scores) -> list[dict]:
+    def _samples(
+        self, update: int, rollout: Rollout, queries: list[str], texts: list[str], scores: Scores
+    ) -> list[dict]:
         """The first rows of a rollout, for samples.csv."""
-        queries = self._tokenizer.batch_decode(rollout.query_ids[:SAMPLES], skip_special_tokens=True)
+        samples = [self._split(query, text) for query, text in zip(queries[:SAMPLES], texts, strict=False)]
         return [
             {
                 "update": update,
-                "query": query,
-                "response": texts[i][len(query) :],
+                "query": sample.query,
+                "response": sample.response,
                 "score": scores.total[i].item(),
                 "ethics": float(scores.ethics[i]),
                 "kl": rollout.kl[i].item(),
             }
-            for i, query in enumerate(queries)
+            for i, sample in enumerate(samples)
         ]
 
     def state_dict(self) -> dict:

@@ -208,7 +208,7 @@ def test_a_kl_beyond_the_limit_is_said_once(chain):
 
 
 def test_a_kl_that_stays_negative_is_said_once(tmp_path, capsys):
-    settings = {"tokenizer": None, "part_names": [], "judge": None, "kl_limit": 20.0, "tensorboard": False}
+    settings = {"split": None, "part_names": [], "judge": None, "kl_limit": 20.0, "tensorboard": False}
     log = run_log.RunLog(tmp_path, 40, 16, **settings)
     updates = log.updates()
     for update in range(1, 30):

@@ -71,7 +71,7 @@ def test_a_text_ends_with_its_stop_token():
     response_ids = torch.tensor([[*left, stop, stop, stop], [*left, *left, *left, stop]])
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
     ids, mask = torch.cat([query_ids, response_ids], 1), torch.cat([query_mask, mask], 1)
-    texts = models.whole_texts(tokenizer, ids, mask)
+    texts = models.decode(tokenizer, ids, mask)
     assert texts == ["he left .", "so he left left left ."]
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf import data, distributed, evaluation, models
+from rlhf import data, distributed, evaluation, models, prompting
 from rlhf.errors import UserError
 from rlhf.evaluation import COLUMNS, Evaluation
 from rlhf.policy import PolicyWithValue
@@ -47,8 +47,8 @@ def measured(world, judge=None, seed=3, **changes):
     policy, reference, tokenizer, queries = world
     how = {"sampling": Sampling(12, 0.7, tokenizer.eos_token_id), "kl_coef": 0.25, "forward_batch": 2} | changes
     return evaluation.measure(
-        policy, reference=reference, tokenizer=tokenizer, queries=queries, reward=reward_of_length(), judge=judge,
-        seed=seed, **how,
+        policy, reference=reference, prompts=prompting.Texts(tokenizer), queries=queries, reward=reward_of_length(),
+        judge=judge, seed=seed, **how,
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_it_measures_one_response_to_every_query(world):
     sampling = Sampling(12, 0.7, tokenizer.eos_token_id)
     encoded = data.encode_queries(tokenizer, queries, torch.device("cpu"))
     rollout = collect(policy, reference, *encoded, sampling, torch.Generator().manual_seed(3), forward_batch=2)
-    texts = models.whole_texts(tokenizer, rollout.ids, rollout.mask)
+    texts = models.decode(tokenizer, rollout.ids, rollout.mask)
     scores = [(len(text) - 20) / 10 if ended else -3.0 for text, ended in zip(texts, rollout.terminated, strict=True)]
     kl = sum(rollout.exact_kl.sum(1).tolist()) / 3
     assert kl > 0.1
@@ -80,20 +80,20 @@ def test_queries_of_the_final_evaluation_come_last(chain):
     """data.split_queries holds the same queries out in both splits; those of "valid" are evaluate_nlg.py's."""
     _, tokenizer = models.load_policy(str(chain[0] / "models" / "nlg"), "--policy")
     texts = data.load_texts(str(chain[0] / "data_nlg"))
-    queries = evaluation.held_out_queries(texts, tokenizer, 5)
+    prompts = prompting.Texts(tokenizer)
+    queries = evaluation.held_out_queries(prompts, texts, 5)
     of_valid = set(data.split_queries(texts["valid"], tokenizer, 5)[1])
     others = [query not in of_valid for query in queries]
     assert others == sorted(others, reverse=True) and others[0]
-    assert not set(queries) & set(data.training_queries(texts, tokenizer, 5))
-    assert len(queries) <= 64 and queries == evaluation.held_out_queries(texts, tokenizer, 5)
-    assert len(data.validation_queries(texts, tokenizer, 5, 3)) == 3
+    assert not set(queries) & set(prompts.training_queries(texts, 5))
+    assert len(queries) <= 64 and queries == evaluation.held_out_queries(prompts, texts, 5)
 
 
 def test_more_processes_than_queries_are_refused(chain, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 1000)
     _, tokenizer = models.load_policy(str(chain[0] / "models" / "nlg"), "--policy")
     with pytest.raises(UserError, match="are too few for the processes"):
-        evaluation.held_out_queries(data.load_texts(str(chain[0] / "data_nlg")), tokenizer, 5)
+        evaluation.held_out_queries(prompting.Texts(tokenizer), data.load_texts(str(chain[0] / "data_nlg")), 5)
 
 
 # when, and which is the best

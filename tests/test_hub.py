@@ -178,6 +178,11 @@ def test_a_dataset_without_a_parquet_branch(hub, tmp_path):
     assert f"someone/ethics has no branch {PARQUET} on the hub" in said and "--data FOLDER" in said
 
 
+def test_a_configuration_that_the_parquet_branch_does_not_have(hub, tmp_path):
+    said = refusal([*make_gpt2()["train_nlg.py"], "--data-config", "comonsense"], hub[0], tmp_path)
+    assert said == "error: --data-config comonsense: the configurations of hendrycks/ethics are commonsense\n"
+
+
 def test_a_model_that_the_hub_does_not_have(hub, tmp_path):
     """Unlike the policy, which is found, and which no training has touched."""
     stories(40).input.to_csv(tmp_path / "stories.csv", index=False)

@@ -38,7 +38,7 @@ class HumanFeedback:
         """Whether a round of questions comes before this update."""
         return update in self._round_starts
 
-    def ask_and_learn(self, policy, policy_name: str, tokenizer, queries: list[str], sampling: Sampling, update: int):
+    def ask_and_learn(self, policy, policy_name: str, prompts, queries: list[str], sampling: Sampling, update: int):
         """Ask about the policy's texts before this update, and train on all answers. Returns the row of
         reward_model.csv."""
         settings, updates_done = self._settings, update - 1
@@ -46,7 +46,7 @@ class HumanFeedback:
         total = settings.labels * (self._round_starts.index(update) + 1) // settings.rounds
         predict_key = functools.partial(reward_model.predict_key, self.model, self.tokenizer)
         rows = answers.collect(
-            draw_questions(policy, tokenizer, queries, num_samples, sampling, settings.seed + updates_done),
+            draw_questions(policy, prompts, queries, num_samples, sampling, settings.seed + updates_done),
             settings.file,
             total,
             num_samples,

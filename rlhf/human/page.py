@@ -17,6 +17,7 @@ SAVED = "All answers are saved. You can close this page."
 STYLE = """
 .gradio-container {width: 100%; max-width: 60rem !important; margin: auto; font-size: 1.1rem}
 #progress, #query, .sample {line-height: 1.5; padding: .8rem 1.1rem; margin: .6rem 0; border-radius: .5rem}
+#query, .sample {white-space: pre-line}
 #query {font-weight: 600; border-left: .3rem solid #0072b2}
 .sample {border: 1px solid #8886}
 .sample b {display: inline-block; width: 2rem; color: #0072b2}

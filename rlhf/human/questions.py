@@ -42,18 +42,20 @@ def answer_keys(num_samples: int) -> dict[str, str]:
 
 
 def draw_questions(
-    policy, tokenizer, queries: list[str], num_samples: int, sampling: Sampling, seed: int, batch: int = 64
+    policy, prompts, queries: list[str], num_samples: int, sampling: Sampling, seed: int, batch: int = 64
 ) -> Iterator[Question]:
     """Draw questions without end: random queries, each with `num_samples` responses of the policy.
 
-    The same seed and policy give the same questions. batch: queries per forward pass.
+    The same seed and policy give the same questions. prompts: a class of rlhf/prompting.py. batch: queries per forward
+    pass. A question's query with a sample is the text that rewards see.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     while True:
         query_batch = rng.choices(queries, k=batch)
         repeated = [query for query in query_batch for _ in range(num_samples)]
-        texts = models.continuations(policy, tokenizer, repeated, sampling, generator)
+        texts = models.continuations(policy, prompts, repeated, sampling, generator)
         for i, query in enumerate(query_batch):
             candidates = texts[i * num_samples : (i + 1) * num_samples]
             if num_samples == 1 or len(set(candidates)) > 1:  # equal texts are no choice
-                yield Question(query, tuple(text[len(query) :] for text in candidates))
+                responses = tuple(prompts.split(query, text).response for text in candidates)
+                yield Question(candidates[0][: len(candidates[0]) - len(responses[0])], responses)

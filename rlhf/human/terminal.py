@@ -21,15 +21,24 @@ def ask(view: View) -> str:
     """Print a question and return the key that is pressed, without Enter where the input is a terminal."""
     query, samples = view.question
     width = min(MAX_WIDTH, os.get_terminal_size().columns if sys.stdout.isatty() else MAX_WIDTH)
-    lines = ["", "─" * width, view.progress, "", *textwrap.wrap(query + " …", width), ""]
+    lines = ["", "─" * width, view.progress, "", *folded(query + " …", width), ""]
     for number, sample in enumerate(samples, 1):
         label = f"{number}  " if len(samples) > 1 else ""
         indent = " " * max(3, len(label))
         text = "… " + sample.strip()
-        lines += [*textwrap.wrap(text, width, initial_indent=label or indent, subsequent_indent=indent), ""]
+        lines += [*folded(text, width, label or indent, indent), ""]
     keys = "  ".join(f"[{key}] {meaning}" for key, meaning in (view.answer_keys | COMMANDS).items())
     print("\n".join([*lines, keys]), flush=True)
     return read_key()
+
+
+def folded(text: str, width: int, first_indent: str = "", indent: str = "") -> list[str]:
+    """The lines of a text, none wider than `width`."""
+    lines = []
+    for line in text.splitlines():
+        before = indent if lines else first_indent
+        lines += textwrap.wrap(line, width, initial_indent=before, subsequent_indent=indent)
+    return lines
 
 
 def read_key() -> str:
