@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 import torch
 
-from rlhf import data, models, rewards
+from rlhf import data, models, prompting, rewards
 from rlhf.errors import Stopped, UserError
 from rlhf.human import annotator, answers, terminal
 from rlhf.human.questions import Question, View, answer_keys, draw_questions, samples_per_question
@@ -54,9 +54,9 @@ def test_kinds_of_questions():
 def test_questions_are_the_policys_and_the_same_for_the_same_seed(chain):
     policy, tokenizer = models.load_policy(str(chain[0] / "models" / "nlg"), "--policy")
     sampling = Sampling(5, 0.7, tokenizer.eos_token_id)
-    queries = ["On Monday", "A man"]
+    prompts, queries = prompting.Texts(tokenizer), ["On Monday", "A man"]
     first, again, other = (
-        list(itertools.islice(draw_questions(policy, tokenizer, queries, 4, sampling, seed), 5)) for seed in (0, 0, 1)
+        list(itertools.islice(draw_questions(policy, prompts, queries, 4, sampling, seed), 5)) for seed in (0, 0, 1)
     )
     assert first == again != other
     for question in first:
@@ -67,13 +67,13 @@ def test_questions_are_the_policys_and_the_same_for_the_same_seed(chain):
 def test_equal_samples_are_no_question_but_one_alone_is(monkeypatch):
     responses = iter([" a", " a", " a", " b", " c", " c", " d", " d"])
 
-    def continuations(policy, tokenizer, queries, sampling, generator):
+    def continuations(policy, prompts, queries, sampling, generator):
         return [query + next(responses) for query in queries]
 
     monkeypatch.setattr(models, "continuations", continuations)
-    pairs = draw_questions(None, None, ["Q"], 2, None, 0, batch=2)
+    pairs = draw_questions(None, prompting.Texts(None), ["Q"], 2, None, 0, batch=2)
     assert next(pairs) == Question("Q", (" a", " b"))  # not (" a", " a")
-    singles = draw_questions(None, None, ["Q"], 1, None, 0, batch=2)
+    singles = draw_questions(None, prompting.Texts(None), ["Q"], 1, None, 0, batch=2)
     assert list(itertools.islice(singles, 2)) == [Question("Q", (" c",)), Question("Q", (" c",))]
 
 
