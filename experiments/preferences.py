@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf import cli, data, models, rewards, runtime
+from rlhf import cli, data, models, prompting, rewards, runtime
 from rlhf.errors import UserError
 from rlhf.human import annotator, answers, questions
 from rlhf.sampling import Sampling
@@ -75,7 +75,7 @@ def write_shipped(folder: Path, comparisons: int) -> None:
         (("train", train_queries, comparisons), ("test", test_queries, comparisons // 4))
     ):
         ask = annotator.load("gold", JUDGE, 0.0, seed, torch.device("cpu"), "float32")
-        endless = questions.draw_questions(model, tokenizer, queries, SAMPLES, sampling, seed)
+        endless = questions.draw_questions(model, prompting.Texts(tokenizer), queries, SAMPLES, sampling, seed)
         rows = [
             answers.to_row(question, ask(questions.View(question, keys, "")), {})
             for question in itertools.islice(endless, count)
