@@ -153,7 +153,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
             evaluations.forget_best()
             write_config(args, reward, log.folder, runtime.provenance(device, dtype))
         progress, clock = (update - 1) / updates, runtime.Clock(device)
-        lr = optimizer.set_lr(args.lr * ppo.lr_factor(update, updates, args.warmup))
+        lr = optimizer.set_lr(args.lr * (1 - progress))
         kl_coef = kl_schedule.coefficient(progress) * kl_guard.kl_factor
 
         batch = distributed.shard(query_stream.take(args.batch_size // args.answers))

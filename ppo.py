@@ -229,16 +229,6 @@ def losses(
 # the update
 
 
-def lr_factor(update: int, updates: int, warmup: float) -> float:
-    """The learning rate in an update, from 1 to `updates`, relative to its peak: it rises over the fraction `warmup` of
-    them, and falls in a line to 0.
-
-    Adam divides a gradient by its own size at first, and averages many only later: its first steps are the longest, and
-    mostly noise, which costs a pretrained policy KL and gains it nothing.
-    """
-    return min(update / (1 + warmup * updates), 1 - (update - 1) / updates)
-
-
 def minibatch_step(
     policy: PolicyWithValue, reference, optimizer: Optimizer, rollout: Rollout, targets: Targets, rows: Tensor,
     settings: Settings,

@@ -251,8 +251,6 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
     group.add_argument("--ppo-epochs", type=COUNT, help=ppo_recipe("ppo_epochs", "K, passes over a batch"))
     group.add_argument("--lr", type=POSITIVE, help=ppo_recipe("lr", "learning rate, falling to 0"))
-    warmup_help = "fraction of the run over which the learning rate rises"
-    group.add_argument("--warmup", type=FRACTION, help=ppo_recipe("warmup", warmup_help))
     optimizer_help = "adam, with at most a third of muon's learning rate, is that of [3]"
     group.add_argument("--optimizer", choices=("muon", "adam"), help=ppo_recipe("optimizer", optimizer_help))
     group.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")

@@ -22,7 +22,6 @@ CLASSIFIER: Recipe = {
 PPO: Recipe = {
     "optimizer": ("muon", "adam"),
     "lr": (1e-3, 3e-5),
-    "warmup": (0.0, 0.1),
     "kl_coef": (0.15, 0.1),
     "kl_start": (4.0, 1.0),
     "value_coef": (0.1, 0.0),

@@ -32,13 +32,6 @@ def test_the_score_is_paid_on_the_last_real_token_and_kl_on_every_one():
     torch.testing.assert_close(rewards, tensor([[-0.05, 2.025, 0.0], [-0.1, -0.2, -1.3]]))
 
 
-def test_the_learning_rate_falls_in_a_line_and_rises_before_where_it_is_told_to():
-    assert [ppo.lr_factor(update, 4, warmup=0.0) for update in (1, 2, 3, 4)] == [1, 0.75, 0.5, 0.25]
-    # over a half of 4 updates: 1/3 and 2/3 of the peak, then the line, which is lower than 3/3
-    factors = [ppo.lr_factor(update, 4, warmup=0.5) for update in (1, 2, 3, 4)]
-    assert factors == pytest.approx([1 / 3, 2 / 3, 0.5, 0.25])
-
-
 def test_generalised_advantages_by_hand():
     # deltas with discount 0.9: 1 + 0.9*2 - 1 = 1.8; 0 + 0.9*3 - 2 = 0.7; 5 - 3 = 2
     # advantages with lambda 0.5: 2; 0.7 + 0.45*2 = 1.6; 1.8 + 0.45*1.6 = 2.52
