@@ -100,6 +100,17 @@ GRIDS = {
         },
         shared="",
     ),
+    "critic": Grid(
+        10_240,
+        {
+            "default": "",
+            "warmup_4": "--critic-warmup 4",
+            "value_lr_1e-2": "--value-lr 1e-2",
+            "warmup_4_value_lr_1e-2": "--critic-warmup 4 --value-lr 1e-2",
+            "no_critic": "--value-coef 0",
+        },
+        shared="",
+    ),
     "overoptimisation": Grid(
         20_480,
         {f"kl_coef_{kl_coef}": f"--kl-coef {kl_coef}" for kl_coef in (0, 0.02, 0.05, 0.1, 0.2, 0.5)},

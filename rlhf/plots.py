@@ -236,6 +236,10 @@ def save_query_kl(results: Path) -> Path:
     return save_ablations(results, "KL penalty inside queries or not, and the KL coefficient it falls to")
 
 
+def save_critic(results: Path) -> Path:
+    return save_ablations(results, "What helps the critic")
+
+
 def save_recipe(results: Path) -> Path:
     return save_ablations(results, "SmolLM2-135M on sentiment: one setting changed at a time")
 
