@@ -11,7 +11,7 @@ with these settings.
 
 import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
 import argparse
-import copy
+import dataclasses
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from rlhf import (
     gold,
     guard,
     lora,
+    memory,
     model_card,
     models,
     optim,
@@ -71,7 +72,9 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--run", help="name of the run folder (default: K<K>_lr_<lr>_seed<seed>)")
     output.add_argument("--results", default="data_results", help="folder of the run folders")
     output.add_argument("--tensorboard", action="store_true", help="write TensorBoard events to the run folder too")
-    cli.add_machine_flags(parser)
+    cli.add_machine_flags(parser).add_argument(
+        "--estimate-memory", action="store_true", help="print how much memory the run would take, and do nothing else"
+    )
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
     cli.fill_chat(args)
@@ -87,6 +90,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.estimate_memory:
+        return print_memory(args)
     device = runtime.set_up(args.device, args.seed, args.batch_size)
     with checkpoint.opened(args, Path(args.results) / args.run) as checkpoints:
         fine_tune(args, device, checkpoints)
@@ -202,6 +207,14 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     show(args, prompts, samples.queries[:SHOWN], log.texts_before, texts)
 
 
+def print_memory(args: argparse.Namespace) -> None:
+    """What the run would take, from the configurations of its models."""
+    specs = [rewards.weight_and_reward(spec)[1] for spec in args.reward]
+    judges = [models.load_config(spec, "--reward") for spec in specs if spec != "human" and ".py:" not in spec]
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(memory.Settings)}
+    print(memory.estimate(models.load_config(args.policy, "--policy"), judges, memory.Settings(**settings)).table())
+
+
 # what a run is made of
 
 
@@ -213,10 +226,7 @@ class ReferenceSamples(NamedTuple):
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
-    """The reference, a copy of it that becomes the policy, their tokenizer, and the precision of matrix products.
-
-    With --lora the policy is the reference with adapters, and holds no other weights of its own.
-    """
+    """The reference, what becomes the policy, their tokenizer, and the precision of matrix products."""
     reference, tokenizer = models.load_policy(args.policy, "--policy", args.chat)
     tokens = args.query_length + args.response_length
     models.check_length(reference, tokenizer, tokens, "--query-length and --response-length")
@@ -226,9 +236,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
             + (f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else "")
         )
     dtype = precision.choose(args.precision, device, reference.to(device))
-    model = None if args.lora else copy.deepcopy(reference)
-    precision.freeze(reference, dtype)
-    model = model or lora.with_adapters(reference, args.lora, args.policy)
+    model = lora.trained_beside(reference, dtype, args.lora, args.policy)
     if args.activation_checkpointing:
         activations.checkpoint_layers(model)
     return reference, model, tokenizer, dtype

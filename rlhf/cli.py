@@ -75,7 +75,7 @@ COUNT, SAMPLE_COUNT, SEED = number(int, 1, 10**9), number(int, 1, 10**6), number
 POSITIVE, FRACTION = number(float, above=0), number(float, 0, 1)
 
 
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+def add_machine_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA when there is one")
     group.add_argument(
@@ -86,6 +86,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "avx512_bf16 or AMX; float32 elsewhere",
     )
     group.add_argument("--seed", type=SEED, default=0, help="seed of every random choice")
+    return group
 
 
 def add_data_flags(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:

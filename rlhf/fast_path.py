@@ -161,15 +161,24 @@ def _put(x: Tensor, places: Tensor, size: int) -> Tensor:
 
 def hidden_states(body, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor) -> Tensor:
     """ids, mask, positions [B, T], places [N] of real tokens among all B * T -> their last hidden states [N, H]."""
-    pieces, (batch, width), real = _pieces(body), ids.shape, mask.flatten().nonzero().squeeze(1)
+    (batch, width), real = ids.shape, mask.flatten().nonzero().squeeze(1)
     rows, columns = torch.arange(batch, device=ids.device).unsqueeze(1), mask.cumsum(1) - 1
     place = (rows * width + columns).flatten().index_select(0, real)  # from column 0: a causal mask hides all padding
     selected = (mask.flatten().cumsum(0) - 1).index_select(0, places)  # among the M real tokens
+    ids, positions = (x.flatten().index_select(0, real) for x in (ids, positions))
+    return packed_states(body, ids, positions, place, selected, (batch, width))
+
+
+def packed_states(
+    body, ids: Tensor, positions: Tensor, place: Tensor, selected: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """The same of M real tokens [M] at these places [M] of a batch of this shape; selected [N]: those to give."""
+    pieces = _pieces(body)
     with low_precision_products(body):
-        hidden, rotation = pieces.embed(*(x.flatten().index_select(0, real) for x in (ids, positions)))
+        hidden, rotation = pieces.embed(ids, positions)
 
         def states_after(layer: nn.Module, hidden: Tensor) -> Tensor:
-            attended = attention(pieces.heads(layer, hidden, rotation), place, (batch, width))
+            attended = attention(pieces.heads(layer, hidden, rotation), place, shape)
             if layer is pieces.layers[-1]:
                 hidden, attended = Take.apply(hidden, selected), Take.apply(attended, selected)
             return pieces.after_attention(layer, hidden, attended)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from rlhf.errors import UserError
-from rlhf.precision import sharing_copy
+from rlhf.precision import freeze, sharing_copy
 
 FOLDER = "adapter"  # inside the folder of the merged model
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # as peft names them
@@ -53,6 +53,13 @@ def with_adapters(model: nn.Module, rank: int, base: str) -> nn.Module:
         if weight.requires_grad:
             weight.data = weight.data.float()  # whatever the layers under it are held in
     return adapted
+
+
+def trained_beside(reference: nn.Module, dtype: torch.dtype, rank: int | None, base: str) -> nn.Module:
+    """Freeze a reference in this precision. Returns the policy: with a rank the reference with adapters, or a copy."""
+    model = None if rank else copy.deepcopy(reference)
+    freeze(reference, dtype)
+    return model or with_adapters(reference, rank, base)
 
 
 def adapter_output(layer: nn.Module, x: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ MADE_BY = {
 # models from scratch
 
 MAX_POSITIONS, HEAD_WIDTH = 256, 32  # the longest text in tokens, and the width of an attention head
+VOCABULARY = 4096  # tokens at most
 ARCHITECTURES = {  # the settings that only this architecture has
     "gpt2": {"activation_function": FUSED_GELU, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {"tie_word_embeddings": True},
@@ -56,7 +57,7 @@ def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096,
+        vocab_size=VOCABULARY,
         min_frequency=2,
         special_tokens=["<|endoftext|>", "<|pad|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -152,6 +153,29 @@ def load_pretrained(
     model.config.pad_token_id = tokenizer.pad_token_id
     fuse_gelu(model)
     return model, tokenizer
+
+
+def load_config(name: str, flag: str) -> PretrainedConfig:
+    """The configuration of a model that a flag names, without its weights."""
+    if is_scratch(name):
+        return scratch_config(_TokenizerOfFullSize(), name)
+    name = lora.base_of_folder(name, flag) or name
+    source, file = (name, {}) if Path(name).suffix != GGUF else gguf_file(Path(name), flag)
+    if not Path(source).is_dir():
+        offline_without_network()
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **file)
+    except Exception as error:
+        raise UserError(f"{flag} {name} has no configuration that can be read: {error}") from error
+
+
+class _TokenizerOfFullSize:
+    """What `scratch_config` asks of a tokenizer; data give a smaller one at most."""
+
+    eos_token_id, pad_token_id = 0, 1
+
+    def __len__(self) -> int:
+        return VOCABULARY
 
 
 def gguf_file(path: Path, flag: str) -> tuple[str, dict[str, str]]:

@@ -16,7 +16,7 @@ LAYERS = [  # a module imports from the layers before its own only
     "lora activations",
     "runtime cli checkpoint fast_path plots",
     "policy data guard",
-    "sampling optim chat",
+    "sampling optim chat memory",
     "models rollout supervised",
     "prompting",
     "rewards",

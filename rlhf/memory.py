@@ -1,0 +1,219 @@
+"""An estimate of the memory of a PPO run from configurations alone: its models are made without weights, and what a
+forward pass keeps for the gradient is counted.
+
+Every response is taken to be as long as it may be. What Python, torch and the device's own libraries hold is left out.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from rlhf import activations, fast_path, lora, policy, precision
+from rlhf.muon import inner_matrices
+from rlhf.policy import PolicyWithValue, logprobs_and_kl
+
+GIB, FLOAT = 2**30, 4  # bytes
+LABELS = ("weights", "gradients", "optimizer", "rollout", "activations", "peak")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags that decide about the memory of a process, besides those of its models."""
+
+    device: str
+    precision: str
+    batch_size: int
+    minibatches: int
+    forward_batch: int
+    query_length: int
+    response_length: int
+    optimizer: str
+    lora: int | None
+    activation_checkpointing: bool
+    separate_value: bool
+
+    @property
+    def on(self) -> torch.device:
+        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return torch.device("cuda" if cuda else "cpu")
+
+    @property
+    def rows(self) -> int:  # of a minibatch
+        return -(-self.batch_size // self.minibatches)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. Not all of them are there at the same time."""
+
+    weights: int  # of policy, reference, value network and reward models
+    gradients: int
+    optimizer: int
+    rollout: int  # at most, while it is sampled
+    activations: int  # kept of a forward batch for the gradient, the vocabulary's part included
+    peak: int
+
+    def table(self) -> str:
+        rows = [f"{label:<12}{getattr(self, label) / GIB:8.2f} GiB" for label in LABELS]
+        return "\n".join(rows)
+
+
+class _WithoutMemory(FakeTensorMode):
+    """Tensors made within it have shapes but no memory; a copy of one belongs to the same mode."""
+
+    def __deepcopy__(self, memo: dict) -> "_WithoutMemory":
+        return self
+
+
+def estimate(config: PretrainedConfig, rewards: Sequence[PretrainedConfig], settings: Settings) -> Estimate:
+    """The memory of finetuning_nlg.py with a policy and reward models of these configurations."""
+    with warnings.catch_warnings(action="ignore"), _WithoutMemory():
+        reference, trained, dtype, loading = _models(config, settings)
+        weights = _bytes([reference, trained, *_computing(trained)])
+        weights += sum(_reward_bytes(each, settings) for each in rewards)
+        gradients, optimizer, of_a_step = _training(trained, settings)
+        of_layers, of_vocabulary, at_work, first_gradients = _forward_batch(trained, reference, settings)
+    sampled, kept = _rollout(config, dtype, settings)
+    earlier_gradients = gradients if settings.rows > settings.forward_batch else first_gradients
+    update = max(
+        of_layers + of_vocabulary + at_work + earlier_gradients,  # the last backward pass begins
+        gradients + first_gradients,  # it ends with the embeddings, whose gradient is as large as the output layer's
+        gradients + of_a_step,
+    )
+    peak = max(loading, weights + optimizer + max(sampled, kept + update))
+    return Estimate(weights, gradients, optimizer, sampled, of_layers + of_vocabulary, peak)
+
+
+# models
+
+
+def _models(config: PretrainedConfig, settings: Settings) -> tuple[nn.Module, PolicyWithValue, torch.dtype, int]:
+    """As `load_models` of finetuning_nlg.py makes them; and the bytes of the model as it is loaded, in float32."""
+    with torch.device("meta"):
+        reference = AutoModelForCausalLM.from_config(config).eval()
+        loading = _bytes([reference])
+        dtype = precision.choose(settings.precision, settings.on, reference)
+        model = lora.trained_beside(reference, dtype, settings.lora, base="")
+    _put_on_cpu([reference, model])  # where attention is the one that a run takes; on meta it is another
+    return reference, PolicyWithValue(model, settings.separate_value, dtype).eval(), dtype, loading
+
+
+def _put_on_cpu(models: list[nn.Module]) -> None:
+    """Move the weights and buffers of models, some of which they share, from meta to the CPU, still without memory."""
+    moved = {}
+    for layer in (layer for model in models for layer in model.modules()):
+        for tensors in (layer._parameters, layer._buffers):
+            for name, x in tensors.items():
+                if x is not None and x.device.type == "meta":
+                    new = torch.empty_like(x, device="cpu")
+                    is_weight = tensors is layer._parameters
+                    new = nn.Parameter(new, x.requires_grad) if is_weight else new
+                    tensors[name] = moved.setdefault(id(x), new)
+
+
+def _computing(trained: PolicyWithValue) -> list[nn.Module]:
+    """The copies in bfloat16 of what trains, or the models themselves."""
+    return [trained.in_precision(model) for model in (trained.model, trained.value_model) if model is not None]
+
+
+def _reward_bytes(config: PretrainedConfig, settings: Settings) -> int:
+    model = AutoModelForSequenceClassification.from_config(config)
+    return _bytes([precision.freeze(model, precision.choose(settings.precision, settings.on, model))])
+
+
+def _bytes(modules: list[nn.Module]) -> int:
+    """Of all their weights; shared ones count once."""
+    weights = {id(weight): weight.nbytes for module in modules for weight in module.parameters()}
+    return sum(weights.values())
+
+
+def _training(trained: PolicyWithValue, settings: Settings) -> tuple[int, int, int]:
+    """Bytes of gradients, of the optimizer's state, and of what a step of Muon needs while it is taken."""
+    gradients = sum(FLOAT * weight.numel() for weight in trained.parameters() if weight.requires_grad)
+    if settings.optimizer != "muon":
+        return gradients, 2 * gradients, 0  # Adam's two moments
+    matrices, by_shape = inner_matrices(trained.model), {}
+    for matrix in matrices:
+        shape = tuple(sorted(matrix.shape))
+        by_shape[shape] = by_shape.get(shape, 0) + FLOAT * matrix.numel()
+    of_matrices = sum(by_shape.values())
+    return gradients, 2 * gradients - of_matrices, 4 * max(by_shape.values())  # updates, stacked, and two products
+
+
+# the update
+
+
+def _forward_batch(trained: PolicyWithValue, reference, settings: Settings) -> tuple[int, int, int, int]:
+    """Of a forward batch, in bytes: what the layers keep, what the vocabulary keeps, what is in work when the backward
+    pass begins, and the gradients of the output layer, which come first."""
+    rows = min(settings.forward_batch, settings.rows)
+    shape = rows, settings.query_length + settings.response_length
+    real = rows * settings.response_length
+    bodies, of_layers, of_one_layer = _computing(trained), 0, 0
+    for model in bodies:
+        count = model.config.num_hidden_layers
+        plain = _saved_bytes(lambda model=model: _states(model, shape, real))
+        of_one_layer = max(of_one_layer, plain // count)
+        if settings.activation_checkpointing and model is bodies[0]:
+            activations.checkpoint_layers(model)
+            plain = _saved_bytes(lambda model=model: _states(model, shape, real))
+        of_layers += plain
+    states = torch.empty(real, reference.config.hidden_size, requires_grad=True)
+    ids, totals = torch.zeros(real, dtype=torch.long), torch.empty(real)
+    says = states, reference, states.detach(), totals, ids
+    of_vocabulary = _saved_bytes(lambda: logprobs_and_kl(bodies[0], *says, 1.0)[0])
+    head = bodies[0].get_output_embeddings().weight
+    of_head = FLOAT * head.numel() if trained.model.get_output_embeddings().weight.requires_grad else 0
+    logits = FLOAT * real * len(head)
+    chunk = min(policy.CHUNK_BYTES[settings.on.type], logits)
+    waiting = min(2 * of_vocabulary if of_vocabulary else policy.KEPT_BYTES, 2 * logits) if of_head else 0
+    recomputed = of_one_layer if settings.activation_checkpointing else 0
+    return of_layers, of_vocabulary, max(4 * chunk + waiting, of_one_layer + recomputed), of_head
+
+
+def _states(model, shape: tuple[int, int], real: int) -> Tensor:
+    """The hidden states at `real` of the tokens of a batch of this shape, without padding."""
+    ids = torch.zeros(shape, dtype=torch.long)
+    positions, places = torch.arange(shape[1]).expand(shape), torch.arange(real)
+    if fast_path.is_supported(model.base_model):
+        every = torch.arange(ids.numel())
+        return fast_path.packed_states(model.base_model, ids.flatten(), positions.flatten(), every, places, shape)
+    out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    return fast_path.Take.apply(out.last_hidden_state.flatten(0, 1), places)
+
+
+def _saved_bytes(forward: Callable[[], Tensor]) -> int:
+    """What a forward pass keeps for the backward pass, without weights."""
+    kept = {}
+
+    def note(x: Tensor) -> Tensor:
+        if not isinstance(x, nn.Parameter):
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(note, lambda x: x):
+        result = forward()  # while it is there, nothing that it keeps is freed
+    del result
+    return sum(kept.values())
+
+
+# the rollout
+
+
+def _rollout(config: PretrainedConfig, dtype: torch.dtype, settings: Settings) -> tuple[int, int]:
+    """Bytes while the responses are sampled (cache, states, and the logits of a token), and of what stays."""
+    text = config.get_text_config()
+    rows, tokens = settings.batch_size, settings.query_length + settings.response_length
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * rows * tokens * heads * width * dtype.itemsize
+    states = FLOAT * rows * settings.response_length * text.hidden_size
+    logits = 3 * FLOAT * rows * text.vocab_size  # logits, their softmax and its cumulative sum
+    kept = states + FLOAT * rows * (8 * settings.response_length + settings.query_length * text.hidden_size)
+    return cache + states + logits, kept
