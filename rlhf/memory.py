@@ -158,23 +158,23 @@ def _forward_batch(trained: PolicyWithValue, reference, settings: Settings) -> t
     bodies, of_layers, of_one_layer = _computing(trained), 0, 0
     for model in bodies:
         count = model.config.num_hidden_layers
-        plain = _saved_bytes(lambda model=model: _states(model, shape, real))
+        plain = _saved_bytes(lambda model=model: _states(model, shape, real), [model])
         of_one_layer = max(of_one_layer, plain // count)
-        if settings.activation_checkpointing and model is bodies[0]:
+        if settings.activation_checkpointing:
             activations.checkpoint_layers(model)
-            plain = _saved_bytes(lambda model=model: _states(model, shape, real))
+            plain = _saved_bytes(lambda model=model: _states(model, shape, real), [model])
         of_layers += plain
     states = torch.empty(real, reference.config.hidden_size, requires_grad=True)
     ids, totals = torch.zeros(real, dtype=torch.long), torch.empty(real)
     says = states, reference, states.detach(), totals, ids
-    of_vocabulary = _saved_bytes(lambda: logprobs_and_kl(bodies[0], *says, 1.0)[0])
+    of_vocabulary = _saved_bytes(lambda: logprobs_and_kl(bodies[0], *says, 1.0)[0], [bodies[0], reference])
     head = bodies[0].get_output_embeddings().weight
     of_head = FLOAT * head.numel() if trained.model.get_output_embeddings().weight.requires_grad else 0
     logits = FLOAT * real * len(head)
     chunk = min(policy.CHUNK_BYTES[settings.on.type], logits)
-    waiting = min(2 * of_vocabulary if of_vocabulary else policy.KEPT_BYTES, 2 * logits) if of_head else 0
+    waiting = min(policy.KEPT_BYTES, 2 * logits) if of_head else 0  # as in HeadGradient, and joined
     recomputed = of_one_layer if settings.activation_checkpointing else 0
-    return of_layers, of_vocabulary, max(4 * chunk + waiting, of_one_layer + recomputed), of_head
+    return of_layers, of_vocabulary, max(2 * chunk + waiting, of_one_layer + recomputed), of_head
 
 
 def _states(model, shape: tuple[int, int], real: int) -> Tensor:
@@ -188,12 +188,13 @@ def _states(model, shape: tuple[int, int], real: int) -> Tensor:
     return fast_path.Take.apply(out.last_hidden_state.flatten(0, 1), places)
 
 
-def _saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """What a forward pass keeps for the backward pass, without weights."""
+def _saved_bytes(forward: Callable[[], Tensor], models: list[nn.Module]) -> int:
+    """What a forward pass of these models keeps for the backward pass, without their weights."""
+    weights = {weight.untyped_storage()._cdata for model in models for weight in model.parameters()}
     kept = {}
 
     def note(x: Tensor) -> Tensor:
-        if not isinstance(x, nn.Parameter):
+        if x.untyped_storage()._cdata not in weights:  # of a weight a view may be kept
             kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
