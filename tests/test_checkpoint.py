@@ -182,28 +182,13 @@ def test_three_updates_in_a_row_that_are_not_finite_stop_a_run(chain, monkeypatc
     assert last.startswith("error: update 4: the gradient of the loss is not finite, 3 updates in a row; lower --lr")
     state = torch.load(home / "models" / "nan.checkpoint", weights_only=True)
     assert all(weight.isfinite().all() for weight in state["state"]["policy"].values())
-    assert pd.read_csv(home / "data_results" / "nan" / "log.csv")["skipped"].tolist() == [
-        0,
-        4,
-        4,
-        4,
-    ]  # 2 minibatches, K = 2
+    log = pd.read_csv(home / "data_results" / "nan" / "log.csv")
+    assert log["skipped"].tolist() == [0, 4, 4, 4]  # 2 minibatches, K = 2
 
 
 def test_a_kl_beyond_the_limit_is_said_once(chain):
-    flags = [
-        *FOUR_UPDATES,
-        "--run",
-        "limit",
-        "--out",
-        "models/limit",
-        "--kl-limit",
-        "1e-9",
-        "--lr",
-        "1e-2",
-        "--no-kl-guard",
-    ]
-    said = run("finetuning_nlg", *flags, cwd=chain[0]).stderr
+    flags = "--run limit --out models/limit --kl-limit 1e-9 --lr 1e-2 --no-kl-guard".split()
+    said = run("finetuning_nlg", *FOUR_UPDATES, *flags, cwd=chain[0]).stderr
     assert said.count("above --kl-limit") == 1
 
 

@@ -166,10 +166,10 @@ def test_a_run_that_breaks_and_one_that_is_stopped_in_the_middle_of_it(chain, im
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunLog, "check", dies_after_the_third)
-        run("finetuning_nlg", *flags("again"), cwd=home)
-    run("finetuning_nlg", *flags("again"), "--resume", cwd=home, code=2)
+        run("finetuning_nlg", *flags("guarded_again"), cwd=home)
+    run("finetuning_nlg", *flags("guarded_again"), "--resume", cwd=home, code=2)
     timings = [name for name in log if "second" in name]
-    again = pd.read_csv(home / "data_results" / "again" / "log.csv")
+    again = pd.read_csv(home / "data_results" / "guarded_again" / "log.csv")
     pd.testing.assert_frame_equal(again.drop(columns=timings), log.drop(columns=timings))
 
 
