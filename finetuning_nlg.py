@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     recipes.fill(args, recipes.with_lora(recipes.PPO, args.lora), args.policy)
     cli.check_lora(args, args.policy, "--policy")
     cli.check_ppo_flags(args)
-    args.reward = args.reward or ["models/cls"]
+    args.reward = args.reward or [cli.DEFAULT_REWARD]
     if args.reward_sees == prompting.REPLY and rewards.includes_people(args.reward):
         raise UserError("--reward human: people judge a reply to its prompt; take --reward-sees both")
     args.run = args.run or f"K{args.ppo_epochs}_lr_{plots.short(args.lr)}_seed{args.seed}"

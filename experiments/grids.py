@@ -111,6 +111,13 @@ GRIDS = {
         },
         shared="",
     ),
+    "beyond": Grid(
+        56_320,
+        {f"best_of_{n}": f"best_of_n --answers {n}" for n in (4, 8, 16)}
+        | {f"reward_weighted_beta_{beta}": f"reward_weighted --beta {beta}" for beta in (0.1, 0.2, 0.5)},
+        script="experiments.without_ppo",
+        shared="",
+    ),
     "overoptimisation": Grid(
         20_480,
         {f"kl_coef_{kl_coef}": f"--kl-coef {kl_coef}" for kl_coef in (0, 0.02, 0.05, 0.1, 0.2, 0.5)},

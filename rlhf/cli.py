@@ -203,20 +203,22 @@ def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--stop-after", type=number(int, 0), default=0, help="tokens before --stop counts")
 
 
+DEFAULT_REWARD = "models/cls"
+
+
 def add_reward_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--reward",
         action="append",
         metavar="[WEIGHT*]REWARD",
         help="folder or hub name of a reward model, FILE.py:FUNCTION, or human; several are standardized, weighted "
-        "and added (default: models/cls)",
+        f"and added (default: {DEFAULT_REWARD})",
     )
     samples_help = "samples of the reference that standardize scores"
     group.add_argument("--reference-samples", type=SAMPLE_COUNT, help=ppo_recipe("reference_samples", samples_help))
     group.add_argument(
         "--missing-stop-score", type=number(float), default=-1.0, help="score of a response that does not end"
     )
-    group.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
 
 
 def add_kl_flags(group: argparse._ArgumentGroup) -> None:
@@ -266,6 +268,7 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="no critic: a value is the mean return of the other --answers to the same query",
     )
+    group.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
     group.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
     group.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
     group.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; saves memory")

@@ -11,7 +11,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rlhf import distributed
+from rlhf import distributed, recipes
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
 STYLE = {
@@ -26,6 +26,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
 }
+RUN = {"markersize": 8, "markeredgecolor": "white", "zorder": 3}  # a dot of a run
 SMOOTHING = 5  # updates in the moving averages of the figures of score and KL
 
 
@@ -99,7 +100,19 @@ def load_evaluations(folders: list[Path]) -> dict[Path, dict]:
 
 
 def draw_frontier(axes, evaluations: dict[Path, dict]) -> None:
-    """Score against KL: the optimum and best-of-n of the first evaluation, and all runs during and after training.
+    """Score against KL: the optimum and best-of-n of the first evaluation, and all runs during and after training."""
+    draw_optimum(axes, evaluations)
+    during, after = "PPO during training", "PPO after training, held-out queries"
+    for folder, evaluation in evaluations.items():
+        log = pd.read_csv(folder / "log.csv").rolling(SMOOTHING, min_periods=1).mean(numeric_only=True)
+        axes.plot(log.kl, log.score, color=BLUE, linewidth=0.8, alpha=0.5, label=during)
+        axes.plot(evaluation["kl"], evaluation["score_after"], "o", color=BLUE, label=after, **RUN)
+        during = after = None  # one entry in the legend for all runs
+    axes.legend(loc="best")  # at the lower right, unless runs break and go far
+
+
+def draw_optimum(axes, evaluations: dict[Path, dict]) -> None:
+    """The optimum and best-of-n of the first evaluation, on axes with room for all of them.
 
     The optimum is dotted beyond the KL up to which its estimate is reliable.
     """
@@ -111,17 +124,9 @@ def draw_frontier(axes, evaluations: dict[Path, dict]) -> None:
     axes.plot(best_of.kl_bound, best_of.score, "s", color=ORANGE, markersize=5, label="best-of-n (upper bound of KL)")
     for row in best_of.itertuples():
         axes.annotate(row.n, (row.kl_bound, row.score), (5, -12), textcoords="offset points", color=ORANGE, fontsize=8)
-    during, after = "PPO during training", "PPO after training, held-out queries"
-    for folder, evaluation in evaluations.items():
-        log = pd.read_csv(folder / "log.csv").rolling(SMOOTHING, min_periods=1).mean(numeric_only=True)
-        axes.plot(log.kl, log.score, color=BLUE, linewidth=0.8, alpha=0.5, label=during)
-        style = {"color": BLUE, "markersize": 8, "markeredgecolor": "white", "zorder": 3}
-        axes.plot(evaluation["kl"], evaluation["score_after"], "o", label=after, **style)
-        during = after = None  # one entry in the legend for all runs
     axes.set_xlim(-0.05, 1.15 * max([best_of.kl_bound.max(), *(run["kl"] for run in evaluations.values())]))
     axes.set_xlabel("KL to the reference (nats per response)")
     axes.set_ylabel("score (standard deviations of the reference's)")
-    axes.legend(loc="best")  # at the lower right, unless runs break and go far
 
 
 def save_frontier(results: Path, epochs: int, lr: float) -> Path | None:
@@ -132,6 +137,33 @@ def save_frontier(results: Path, epochs: int, lr: float) -> Path | None:
     path = results / f"fig_frontier_K{epochs}_lr_{short(lr)}.png"
     title = f"Score and KL: PPO, best-of-n and the optimum (K = {epochs}, learning rate {short(lr)})"
     return save(path, title, draw_frontier, evaluations)
+
+
+def draw_beyond(axes, evaluations: dict[Path, dict]) -> None:
+    """The optimum, and a dot a run: the runs of the grid `beyond`, and of PPO (all others)."""
+    draw_optimum(axes, evaluations)
+    kinds = {
+        "best_of_": ("best-of-n distilled, by n", GREEN),
+        "reward_weighted_beta_": ("reward-weighted, by beta", PINK),
+    }
+    for folder, evaluation in evaluations.items():
+        kind = next((kind for kind in kinds if folder.name.startswith(kind)), "")
+        label, color = kinds.get(kind, ("PPO", BLUE))
+        is_new = label not in axes.get_legend_handles_labels()[1]
+        end = evaluation["kl"], evaluation["score_after"]
+        axes.plot(*end, "o", color=color, label=label if is_new else None, **RUN)
+        if kind and folder.name.endswith("_seed0"):
+            setting = folder.name.removeprefix(kind).removesuffix("_seed0")
+            axes.annotate(setting, end, (5, -12), textcoords="offset points", color=color, fontsize=8)
+    axes.legend(loc="lower right")
+
+
+def save_beyond(results: Path) -> Path:
+    """The figure has the default runs of PPO, too, if they lie beside the grid."""
+    name = f"K{recipes.PPO['ppo_epochs'][0]}_lr_{short(recipes.PPO['lr'][0])}_seed*"
+    evaluations = load_evaluations([*sorted(results.glob("*_seed*")), *sorted(results.parent.glob(name))])
+    title = "Without PPO: fine-tuning on as many samples of the reference"
+    return save(grid_figure(results), title, draw_beyond, evaluations)
 
 
 # score and held-out judge against KL

@@ -47,12 +47,17 @@ def pad(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tenso
 # losses
 
 
-def lm_loss(model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of texts [B, T] after their first token, in nats, and its number of tokens, [B] each."""
-    target_mask = mask[:, 1:]
+def lm_loss(
+    model, ids: Tensor, mask: Tensor, target_mask: Tensor | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of texts [B, T], in nats, and its number of tokens, [B] each.
+
+    target_mask [B, T]: the tokens that count, by default all; a text's first token never does.
+    """
+    target_mask = (mask if target_mask is None else target_mask)[:, 1:]
     is_target = target_mask.bool()
     states = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-    logits = token_logits(model, states[is_target], temperature=1.0)
+    logits = token_logits(model, states[is_target], temperature)
     losses = cross_entropy(logits, ids[:, 1:][is_target], reduction="none")
     by_position = torch.zeros(is_target.shape, device=ids.device).masked_scatter(is_target, losses)
     return by_position.sum(1), target_mask.sum(1)

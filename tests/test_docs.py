@@ -22,6 +22,7 @@ CODE = (".", "rlhf", "rlhf/human", "experiments", "benchmarks", "tests/stress") 
 RUN = ROOT / "data_results" / "K2_lr_1e-3_seed0"
 OPTIONAL_COLUMNS = {"labels", "score_<part>", *COLUMNS}  # --reward human; several rewards; --eval-every
 OPTIONAL_COLUMNS |= {"guard"}  # which older logs lack
+OPTIONAL_COLUMNS |= {"train_loss", "valid_loss"}  # experiments.without_ppo
 ROW = re.compile(r"^\| (`[^|]*`) \|", re.MULTILINE)
 
 
