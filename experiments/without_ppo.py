@@ -45,7 +45,7 @@ from rlhf.sampling import Sampling, real_tokens, sample
 
 BEST_OF_N, REWARD_WEIGHTED = METHODS = ("best_of_n", "reward_weighted")
 RECIPE: recipes.Recipe = {name: recipes.PPO[name] for name in ("episodes", "reference_samples")}
-RECIPE |= {"optimizer": recipes.GENERATOR["optimizer"], "lr": (1e-3, 3e-5), "epochs": (4, 2)}
+RECIPE |= {"optimizer": recipes.GENERATOR["optimizer"], "lr": (3e-3, 5e-5), "epochs": (4, 2)}
 VALIDATION = 16  # one of so many queries decides when to stop
 MEASURED = 256  # held-out queries whose answers measure the policy after every epoch
 NEGLIGIBLE = 1e-3  # a weight, relative to the mean, at which a sample is not worth a forward pass
