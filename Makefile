@@ -2,6 +2,7 @@
 # make test        the linter and the tests
 # make study       every grid of runs, after make, for hours
 # make peer        TRL's PPOTrainer on the same task, after make
+# make peers       TRL's GRPO, RLOO and DPO on the same task, each after a search of the same size, after make, for hours
 # make report      docs/results.md, docs/log.md and the tables of README.md, from data_results/
 # make bench       seconds of every stage, after make
 # make gpu-check   what only a GPU can show, some 15 minutes
@@ -76,6 +77,16 @@ benchmarks/.venv/installed: requirements.txt benchmarks/requirements.txt
 peer: benchmarks/.venv/installed
 	benchmarks/.venv/bin/python -m experiments.peer_quality
 
+experiments/.venv/installed: requirements.txt experiments/requirements-peers.txt
+	$(PYTHON) -m venv experiments/.venv
+	experiments/.venv/bin/pip install --quiet --disable-pip-version-check -r experiments/requirements-peers.txt
+	touch $@
+
+# batches, minibatches and K are those of our run
+peers: experiments/.venv/installed
+	experiments/.venv/bin/python -m experiments.peers_today --run data_results/$(RUN) --search \
+		--batch-size 256 --minibatches 4 --epochs 2
+
 report: .venv/installed
 	$(BIN)/python -m experiments.report
 
@@ -94,4 +105,4 @@ clean:
 help:
 	@sed -n -e '/^#/!q' -e 's/^# //p' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: all test pretrained gpt2 study peer report bench gpu-check clean help
+.PHONY: all test pretrained gpt2 study peer peers report bench gpu-check clean help

@@ -26,6 +26,7 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+from experiments import peer_task
 from rlhf import cli, data, prompting, runtime
 from rlhf.errors import UserError
 
@@ -136,19 +137,8 @@ def main() -> None:
     runs = [results / run for run in minutes]
     if subprocess.run([sys.executable, ROOT / "evaluate_nlg.py", "--run", ours, *runs]).returncode:
         raise UserError("evaluate_nlg.py failed; it says why above")
-    log = pd.read_csv(ours / "log.csv")
-    minutes[ours.name] = log[["seconds_rollout", "seconds_score", "seconds_update"]].to_numpy().sum() / 60
-    rows = {}
-    for run in (ours, *runs):
-        evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-        rows[run.name] = {
-            "fraction_of_optimum": evaluation["fraction_of_optimum"],
-            "score": evaluation["score_after"],
-            "kl": evaluation["kl"],
-            "gold_ethical": evaluation["gold"]["ethical_after"],
-            "gold_valid": evaluation["gold"]["valid_after"],
-            "minutes": minutes[run.name],
-        }
+    minutes[ours.name] = peer_task.minutes_of(ours)
+    rows = {run.name: peer_task.quality(run, minutes[run.name]) for run in (ours, *runs)}
     table = pd.DataFrame(rows).T.rename_axis("run").round(4)
     table.to_csv("data_results/peer.csv", lineterminator="\n")
     print(table.to_string())
