@@ -226,9 +226,9 @@ def critic(results: Path) -> str:
         ),
         claim(
             explained.max() < 0.01,
-            "Nothing that the value head says first can help, because it learns nothing: with each of these settings it "
-            "explains none of the returns' variance. What a text is worth depends on two "
-            "things together, and a linear function of the generator's states does not hold that.",
+            "What the value head says first cannot help, because it learns nothing: with each of these settings it "
+            "explains none of the returns' variance. What a text is worth depends on two things together, and a "
+            "linear function of the generator's states does not hold that.",
         ),
         "So `--critic-warmup` is off by default. With a pretrained model it has not been tried.",
         table_of_runs("critic", runs, CRITICS, ["fraction_of_optimum", *GOLD]),
