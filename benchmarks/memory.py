@@ -6,6 +6,7 @@
 The models are random, and the score of a text is its first token's number, so that no reward model is loaded.
 """
 
+import ctypes
 import dataclasses
 import json
 import multiprocessing
@@ -55,6 +56,7 @@ CHANGES = {
     "bfloat16": {"precision": "bfloat16"},
 }
 UPDATES, STOP = 2, 0
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 PPO = ppo.Settings(
     epochs=1,
     forward_batch=SETTINGS.forward_batch,
@@ -76,14 +78,21 @@ def resident(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+)", status)[1])
 
 
-def measure(config: PretrainedConfig, settings: memory.Settings, keeps: bool, connection) -> None:
+def map_every_tensor() -> None:
+    """Make glibc give every tensor a mapping of its own, which is gone with it.
+
+    Otherwise the gaps between tensors count: freed memory of the forward pass, which the backward pass, in a thread of
+    its own, does not use again. A run on a CPU has them (`runtime.keep_memory`); on a GPU another allocator works.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+
+
+def measure(config: PretrainedConfig, settings: memory.Settings, connection) -> None:
     """Send the peak of two updates, less what was resident before the model was made.
 
-    A tiny model's updates come first: they load what the libraries load when it is needed. keeps: hold on to freed
-    memory, as the scripts do because it is faster; the gaps in it count too.
+    A tiny model's updates come first: they load what the libraries load when it is needed.
     """
-    if keeps:
-        runtime.keep_memory()
+    map_every_tensor()
     run_updates(TINY, dataclasses.replace(settings, batch_size=4))
     before = resident("VmRSS")
     run_updates(config, settings)
@@ -111,9 +120,9 @@ def run_updates(config: PretrainedConfig, settings: memory.Settings) -> None:
         ppo.update(policy, reference, optimizer, rollout, targets, PPO, generator)
 
 
-def measured(config: PretrainedConfig, settings: memory.Settings, keeps: bool) -> int:
+def measured(config: PretrainedConfig, settings: memory.Settings) -> int:
     receiver, sender = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=measure, args=(config, settings, keeps, sender))
+    process = multiprocessing.get_context("spawn").Process(target=measure, args=(config, settings, sender))
     process.start()
     sender.close()
     peak = receiver.recv()
@@ -129,11 +138,9 @@ def main() -> None:
             if words not in case or (training == "bfloat16" and not precision.is_fast(SETTINGS.on)):
                 continue  # without instructions for it, it takes hours
             settings = dataclasses.replace(SETTINGS, **changes)
-            peak, kept = (measured(config, settings, keeps) for keeps in (False, True))
-            estimate = memory.estimate(config, [], settings).peak
-            rows.append({"case": case, "measured": peak, "measured_keeping_freed": kept, "estimate": estimate})
-            sizes = ", ".join(f"{name} {size / memory.GIB:.2f} GiB" for name, size in list(rows[-1].items())[1:])
-            print(f"{case}: {sizes} ({estimate / peak - 1:+.0%})", flush=True)
+            peak, estimate = measured(config, settings), memory.estimate(config, [], settings).peak
+            rows.append({"case": case, "measured": peak, "estimate": estimate})
+            print(f"{case}: measured {peak / memory.GIB:.2f} GiB, estimate {estimate / peak - 1:+.0%}", flush=True)
     if not words:
         cases = {"settings": dataclasses.asdict(SETTINGS), "rows": rows}
         runtime.write_json(
