@@ -11,7 +11,8 @@ Without the flags TRL's own defaults hold: batch size 8, one optimizer step a ba
 to a query, K 1, beta 0 (no KL); RLOO 2 answers, K 1, beta 0.05; DPO K 3, beta 0.1, and 2 answers, the fewest. The rest
 is TRL's default everywhere (AdamW, linear decay to 0, gradient norm 1, clip range 0.2, plain sampling), but for float32
 on the CPU and no gradient checkpointing. Two things are repaired: TRL encodes a prompt with the end token that a
-tokenizer from scratch puts behind a text, and gives GPT-2 no position ids for prompts that are padded on the left.
+tokenizer from scratch puts behind a text, and gives GPT-2 no position ids for prompts that are padded on the left. DPO
+learns from log-probabilities at temperature 1, whatever the temperature of the samples; TRL has no setting for it.
 
 --search tries the same number of learning rates and betas for each method with a quarter of the episodes, and trains
 with the best by score - kl_coef * KL on queries that neither training nor the evaluation asks. Writes policies to
