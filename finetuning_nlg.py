@@ -194,15 +194,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
         checkpoints.after_step(update, state)
 
     provenance = runtime.provenance(device, dtype)
-    chosen = (evaluations.bring_back_best(policy) if args.keep_best else None) or kl_guard.chosen
-    out = f"{args.out}_stopped" if kl_guard.chosen else args.out
-    title, results = model_card.of_ppo(log.last_row, reward.ethics_before, chosen)
-    save_policy(args, out, policy.model, tokenizer, sampling, title, results, provenance)
-    if chosen:
-        print(f"\n{out} is the policy after update {chosen.update}, {chosen.reason}")
-    if human:
-        save_reward_model(args, human, log.folder, provenance)
-    kl_guard.raise_if_stopped(args.out, saved_to=out)
+    finish(args, policy, reward, prompts, sampling, human, log, evaluations, kl_guard, provenance)
     texts = models.continuations(policy.in_precision(), prompts, samples.queries[:SHOWN], sampling, sample_rng)
     show(args, prompts, samples.queries[:SHOWN], log.texts_before, texts)
 
@@ -290,13 +282,9 @@ def calibrate(reward: rewards.Reward, human: feedback.HumanFeedback | None, samp
 
 
 def start(
-    args: argparse.Namespace,
-    log: RunLog,
-    reward: rewards.Reward,
-    human: feedback.HumanFeedback | None,
-    samples: ReferenceSamples,
-    provenance: dict,
-) -> None:
+    args: argparse.Namespace, log: RunLog, reward: rewards.Reward, human: feedback.HumanFeedback | None,
+    samples: ReferenceSamples, provenance: dict,
+) -> None:  # fmt: skip
     """A new run folder. A reward that fails on the samples leaves the previous run as it was."""
     log.texts_before = samples.texts[:SHOWN]
     if human:  # the reward model has learned nothing yet: it is calibrated after the first answers
@@ -316,6 +304,19 @@ def ask_people(args, human, policy, prompts, queries: list[str], sampling: Sampl
 
 def write_config(args: argparse.Namespace, reward: rewards.Reward, folder: Path, provenance: dict) -> None:
     runtime.write_json(folder / "config.json", {"settings": vars(args), **reward.state_dict()} | provenance)
+
+
+def finish(args, policy, reward, prompts, sampling, human, log, evaluations, kl_guard, provenance: dict) -> None:
+    """Write the last policy, the best, or the last good one of a run that the guard has stopped; and say which."""
+    chosen = (evaluations.bring_back_best(policy) if args.keep_best else None) or kl_guard.chosen
+    out = f"{args.out}_stopped" if kl_guard.chosen else args.out
+    title, results = model_card.of_ppo(log.last_row, reward.ethics_before, chosen)
+    save_policy(args, out, policy.model, prompts.tokenizer, sampling, title, results, provenance)
+    if chosen:
+        print(f"\n{out} is the policy after update {chosen.update}, {chosen.reason}")
+    if human:
+        save_reward_model(args, human, log.folder, provenance)
+    kl_guard.raise_if_stopped(args.out, saved_to=out)
 
 
 def save_policy(

@@ -1,6 +1,7 @@
 """The shapes that are timed, random models of these shapes, and the stages of an update as in finetuning_nlg.py."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +99,19 @@ CASES = {
     },
 }
 TEMPERATURE, KL_COEF = 0.7, 0.2
+PPO = ppo.Settings(
+    epochs=1,
+    forward_batch=64,
+    temperature=TEMPERATURE,
+    exact_kl=True,
+    leave_one_out=0,
+    discount=1.0,
+    gae_lambda=1.0,
+    whiten_rewards=False,
+    clip_range=0.2,
+    value_clip_range=0.2,
+    value_coef=0.1,
+)
 LR = 1e-6  # so low that the lengths of the responses stay as they are, here and with a peer
 
 
@@ -155,19 +169,7 @@ class Update:
         self.queries = queries or queries_of(case, self.tokenizer)
         self.sampling = Sampling(case.response_length, TEMPERATURE, self.tokenizer.eos_token_id)
         self.generator = torch.Generator().manual_seed(0)
-        self.settings = ppo.Settings(
-            epochs=epochs,
-            forward_batch=case.forward_batch,
-            temperature=TEMPERATURE,
-            exact_kl=True,
-            leave_one_out=0,
-            discount=1.0,
-            gae_lambda=1.0,
-            whiten_rewards=False,
-            clip_range=0.2,
-            value_clip_range=0.2,
-            value_coef=0.1,
-        )
+        self.settings = dataclasses.replace(PPO, epochs=epochs, forward_batch=case.forward_batch)
 
     def roll_out(self) -> Rollout:
         query_ids, query_mask = data.encode_queries(self.tokenizer, self.queries, self.device)

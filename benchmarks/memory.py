@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 import ppo
-from benchmarks.cases import GPT2, SMOLLM2
+from benchmarks import cases
 from rlhf import activations, lora, memory, optim, precision, runtime
 from rlhf.policy import PolicyWithValue
 from rlhf.rollout import collect, shuffled_minibatches
@@ -35,7 +35,7 @@ SIX_LAYERS = LlamaConfig(
     max_position_embeddings=256,
 )
 TINY = LlamaConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=50)
-MODELS = {"Llama, 6 layers of 384": SIX_LAYERS, "GPT-2 124M": GPT2, "SmolLM2-135M": SMOLLM2}
+MODELS = {"Llama, 6 layers of 384": SIX_LAYERS, "GPT-2 124M": cases.GPT2, "SmolLM2-135M": cases.SMOLLM2}
 SETTINGS = memory.Settings(
     device="cpu",
     precision="float32",
@@ -57,19 +57,7 @@ CHANGES = {
 }
 UPDATES, STOP = 2, 0
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-PPO = ppo.Settings(
-    epochs=1,
-    forward_batch=SETTINGS.forward_batch,
-    temperature=1.0,
-    exact_kl=True,
-    leave_one_out=0,
-    discount=1.0,
-    gae_lambda=1.0,
-    whiten_rewards=False,
-    clip_range=0.2,
-    value_clip_range=0.2,
-    value_coef=0.1,
-)
+PPO = dataclasses.replace(cases.PPO, forward_batch=SETTINGS.forward_batch)
 
 
 def resident(name: str) -> int:
@@ -107,7 +95,7 @@ def run_updates(config: PretrainedConfig, settings: memory.Settings) -> None:
         activations.checkpoint_layers(model)
     policy = PolicyWithValue(model, settings.separate_value, dtype).eval()
     optimizer, generator = optim.ppo_optimizer(policy, 1e-6, muon=False), torch.Generator().manual_seed(0)
-    sampling = Sampling(settings.response_length, 1.0, STOP, stop_after=settings.response_length)
+    sampling = Sampling(settings.response_length, PPO.temperature, STOP, stop_after=settings.response_length)
     for _ in range(UPDATES):
         ids = torch.randint(1, config.vocab_size, (settings.batch_size, settings.query_length), generator=generator)
         minibatches = shuffled_minibatches(settings.batch_size, settings.minibatches, generator)
