@@ -61,8 +61,6 @@ def train_classifier(variant: str) -> list[str]:
 
 # the search for the settings of pretrained models, on one task; `make pretrained TASK=sentiment` first
 HOME = "models/pretrained/sentiment"
-SENTIMENT = f"--policy models/smollm2 --reward {HOME}/reward --data {HOME}/rows/queries --gold {HOME}/judge"
-SENTIMENT += " --query-length 8 --response-length 24 --stop ."
 
 
 HUMAN = "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl"
@@ -169,24 +167,24 @@ GRIDS = {
         setup=train_on_real_data,
     ),
     "recipe": Grid(
-        5120,
+        2560,
         {
-            "default": "",
+            "first_try": "",
+            "kl_coef_0.3": "--kl-coef 0.3",
+            "lr_1e-4_kl_coef_0.3": "--lr 1e-4 --kl-coef 0.3",
+            "leave_one_out_kl_coef_0.3": "--leave-one-out --answers 4 --kl-coef 0.3",
+            "critic_kl_coef_0.3": "--value-coef 0.01 --value-lr 1e-3 --critic-warmup 2 --kl-coef 0.3",
+            "lora_kl_coef_0.3": "--lora 8 --kl-coef 0.3",
+            "muon_lr_1e-4_kl_coef_0.3": "--optimizer muon --lr 1e-4 --kl-coef 0.3",
+            "batch_64_kl_coef_0.3": "--batch-size 64 --kl-coef 0.3",
+            "K2_kl_coef_0.3": "--ppo-epochs 2 --kl-coef 0.3",
             "lr_1e-5": "--lr 1e-5",
-            "lr_1e-4": "--lr 1e-4",
-            "kl_coef_0.05": "--kl-coef 0.05",
-            "kl_coef_0.2": "--kl-coef 0.2",
-            "adaptive_kl": "--target-kl 3 --kl-horizon 2560",
+            "adaptive_kl": "--target-kl 2 --kl-horizon 1280",
             "kl_start_4": "--kl-start 4",
-            "batch_64": "--batch-size 64",
-            "batch_256": "--batch-size 256",
-            "K2": "--ppo-epochs 2",
-            "muon_lr_1e-4": "--optimizer muon --lr 1e-4",
-            "critic": "--value-coef 0.1",
-            "leave_one_out": "--leave-one-out --answers 4",
         },
         f"--queries 32 --samples 16 --reference-samples 256 --batch-size 256 --gold {HOME}/judge",
-        shared=SENTIMENT,
+        shared=f"--policy models/smollm2 --reward {HOME}/reward --data {HOME}/rows/queries"
+        " --query-length 8 --response-length 24 --stop . --reference-samples 256",
     ),
     "labels": Grid(
         10_240,

@@ -7,8 +7,9 @@
 
 The weights are those of the packages in requirements-pretrained.txt, or of folders or hub names that are given. Reward
 model and judge learn from different halves of the labels; in the shipped world the gold judge judges. Writes models to
-models/pretrained/<task>/ and run folders to data_results/pretrained/<task>_seed<seed>/, with twenty
-random texts before and after in pairs.csv. Goes on where it stopped.
+models/pretrained/<task>/, their metrics to data_results/pretrained/<task>/, and run folders to
+data_results/pretrained/<task>_seed<seed>/, with twenty random texts before and after in pairs.csv. Goes on where it
+stopped.
 """
 
 import argparse
@@ -35,6 +36,7 @@ LENGTHS = {
 }
 EVALUATION = "--queries 32 --samples 16 --reference-samples 256 --batch-size 256"
 PAIRS, SHOWN = 20, 4  # texts before and after in pairs.csv, and those that are printed at the end
+QUERY_WORDS = 8  # of a query in pairs.csv: rows of real data stay where they are
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,7 +76,9 @@ def main() -> None:
 def train_models(args: argparse.Namespace, home: Path) -> tuple[str, Path, str]:
     """The policy before PPO, the reward model's folder, and the flag that names the judge."""
     reward = home / "reward"
-    classify, generate = (f"{script} --resume --results {home}" for script in ("train_cls.py", "train_nlg.py"))
+    classify, generate = (
+        f"{script} --resume --results {RESULTS / args.task}" for script in ("train_cls.py", "train_nlg.py")
+    )
     from_encoder = f"{classify} --model {args.encoder} --lr 5e-5 --out {reward}"
     if args.task == "world":
         hard_frames.write_texts(home / "texts", every=4)  # a pretrained model needs fewer
@@ -111,7 +115,14 @@ def write_pairs(folder: Path) -> None:
     wide = samples.pivot(index="query", columns="policy", values=["response", "ethics", "ethical"])
     pairs = wide.sample(min(PAIRS, len(wide)), random_state=0)
     pairs.columns = [f"{name}_{policy}" for name, policy in pairs.columns]
+    pairs.index = [beginning(query) for query in pairs.index]
+    pairs.index.name = "query"
     pairs.to_csv(folder / "pairs.csv", lineterminator="\n")
+
+
+def beginning(query: str) -> str:
+    words = query.split()
+    return query if len(words) <= QUERY_WORDS else " ".join(words[:QUERY_WORDS]) + " ..."
 
 
 def show(folder: Path) -> None:

@@ -100,6 +100,13 @@ def test_pairs_are_answers_to_the_same_queries(tmp_path, capsys):
     assert "  before (0.25): before 0\n  after  (0.75): after 0" in capsys.readouterr().out
 
 
+def test_a_long_query_is_cut_in_the_pairs():
+    assert pretrained.beginning("a film that is") == "a film that is"
+    assert pretrained.beginning("one two three four five six seven eight nine") == (
+        "one two three four five six seven eight ..."
+    )
+
+
 def test_missing_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
     error = refused("experiments.pretrained", "world", cwd=tmp_path)
