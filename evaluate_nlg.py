@@ -8,7 +8,7 @@ trained: data, reference, reward, temperature, lengths and the score's calibrati
 fig_frontier_K<K>_lr_<lr>.png beside it. All queries are ones that training never saw.
 """
 
-import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
+import rlhf.environment  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import json
 import random

@@ -9,7 +9,7 @@ to data_results/<run>/ config.json, log.csv, samples.csv; the figure data_result
 with these settings.
 """
 
-import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
+import rlhf.environment  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import dataclasses
 import functools

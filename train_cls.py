@@ -9,7 +9,7 @@ query,sample0,...,sampleN,best, from which a model with one output learns ([1], 
 of the epoch with the fewest errors on the validation rows, the tokenizer, a model card and metrics.json.
 """
 
-import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
+import rlhf.environment  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import functools
 from pathlib import Path

@@ -7,7 +7,7 @@ Data: texts without labels, one per line or row. Writes to --out the weights of 
 loss, the tokenizer, a model card and metrics.json.
 """
 
-import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
+import rlhf.environment  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Speed on a quiet machine and beside one busy process, by how long OpenMP's threads may spin (rlhf/openmp.py).
+"""Speed on a quiet machine and beside one busy process, by how long OpenMP's threads may spin (rlhf/environment.py).
 
     python -m benchmarks.busy            # after make; a quarter of an hour on two cores; writes benchmarks/busy.json
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from rlhf import cli, openmp, runtime
+from rlhf import cli, environment, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 BUSY = "while True: pass"
@@ -41,10 +41,10 @@ def neighbour(is_busy: bool) -> Iterator[None]:
 
 def script(spin_count: str, *command: str) -> str:
     """Run a script with this spin count ("unset": OpenMP's own), and return its progress bars."""
-    environment = {name: x for name, x in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    environment |= {"OMP_DYNAMIC": "false"} if spin_count == "unset" else {"GOMP_SPINCOUNT": spin_count}
+    variables = {name: x for name, x in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    variables |= {"OMP_DYNAMIC": "false"} if spin_count == "unset" else {"GOMP_SPINCOUNT": spin_count}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
     )
     return done.stderr
 
@@ -71,7 +71,7 @@ def rates(spin_count: str, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--spin-counts", nargs="+", default=["unset", "1000", str(openmp.SPIN_COUNT), "20000"])
+    parser.add_argument("--spin-counts", nargs="+", default=["unset", "1000", str(environment.SPIN_COUNT), "20000"])
     parser.add_argument("--repeats", type=cli.COUNT, default=3, help="runs of each, in turn")
     parser.add_argument("--out", default="benchmarks/busy.json", help="file to write")
     args = parser.parse_args()

@@ -174,7 +174,7 @@ GRIDS = {
             "lr_1e-4_kl_coef_0.3": "--lr 1e-4 --kl-coef 0.3",
             "leave_one_out_kl_coef_0.3": "--leave-one-out --answers 4 --kl-coef 0.3",
             "critic_kl_coef_0.3": "--value-coef 0.01 --value-lr 1e-3 --critic-warmup 2 --kl-coef 0.3",
-            "lora_kl_coef_0.3": "--lora 8 --kl-coef 0.3",
+            "lora_leave_one_out_kl_coef_0.3": "--lora 8 --leave-one-out --answers 4 --kl-coef 0.3",
             "muon_lr_1e-4_kl_coef_0.3": "--optimizer muon --lr 1e-4 --kl-coef 0.3",
             "batch_64_kl_coef_0.3": "--batch-size 64 --kl-coef 0.3",
             "K2_kl_coef_0.3": "--ppo-epochs 2 --kl-coef 0.3",
@@ -183,8 +183,9 @@ GRIDS = {
             "kl_start_4": "--kl-start 4",
         },
         f"--queries 32 --samples 16 --reference-samples 256 --batch-size 256 --gold {HOME}/judge",
+        # the guard's copies of the weights would not fit twice
         shared=f"--policy models/smollm2 --reward {HOME}/reward --data {HOME}/rows/queries"
-        " --query-length 8 --response-length 24 --stop . --reference-samples 256",
+        " --query-length 8 --response-length 24 --stop . --reference-samples 256 --no-kl-guard",
     ),
     "labels": Grid(
         10_240,

@@ -20,7 +20,7 @@ models/peers/, run folders (config.json, trl_log.csv, evaluation.json) to data_r
 data_results/peers.csv and data_results/peers_search.csv.
 """
 
-import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
+import rlhf.environment  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import copy
 import dataclasses

@@ -33,7 +33,7 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from tqdm import tqdm
 
 from experiments.grids import GRIDS
-from rlhf import cli, frontier, openmp, plots
+from rlhf import cli, environment, frontier, plots
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 
@@ -114,7 +114,7 @@ def run_all(args: argparse.Namespace, commands: dict[str, list[list[str]]], resu
     while queue or running:
         while queue and free_slots:
             run, slot = queue.pop(0), free_slots.pop()
-            variables = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": str(openmp.SPIN_COUNT)}
+            variables = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": str(environment.SPIN_COUNT)}
             if gpus and args.cluster == "local":
                 variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
             running[run] = executor.submit(run_commands, commands[run], variables), slot
@@ -132,13 +132,13 @@ def run_all(args: argparse.Namespace, commands: dict[str, list[list[str]]], resu
 
 def run_commands(commands: list[list[str]], variables: dict[str, str]) -> str:
     """In a job: run commands with these environment variables. Returns the output of one that fails, or ""."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables  # for `python -m`
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | variables  # for `python -m`
     for script, *flags in commands:
         if Path(flags[flags.index("--out") + 1]).exists():  # done before: every script writes --out last
             continue
         program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
         command = [sys.executable, *program, *flags]
-        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
+        done = subprocess.run(command, env=variables, stderr=subprocess.PIPE, text=True, errors="replace")
         if done.returncode:
             return done.stderr or f"exit code {done.returncode}"
     return ""

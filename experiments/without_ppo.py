@@ -11,7 +11,7 @@ policy that is written and the run folder, which evaluate_nlg.py reads. Some que
 which epoch's weights are kept; the answers to them are part of --episodes.
 """
 
-import rlhf.openmp  # noqa: F401, I001  (before torch is loaded)
+import rlhf.environment  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import copy
 import functools

@@ -1,6 +1,7 @@
 """The layout: what the root holds, which module may import which, and that importing does nothing."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.conftest import ROOT
 IN_THE_ROOT = {"train_cls.py", "train_nlg.py", "finetuning_nlg.py", "evaluate_nlg.py", "ppo.py"}
 SCRIPTS = sorted(IN_THE_ROOT - {"ppo.py"})
 LAYERS = [  # a module imports from the layers before its own only
-    "errors distributed precision muon frontier model_card openmp recipes",
+    "errors distributed precision muon frontier model_card environment recipes",
     "lora activations",
     "runtime cli checkpoint fast_path plots",
     "policy data guard",
@@ -100,6 +101,21 @@ def test_the_loop_fits_on_one_screen():
     assert loop.end_lineno - loop.lineno + 1 <= 50
 
 
+@pytest.mark.parametrize(
+    "variables, expected",
+    [({}, "10000 64"), ({"OMP_NUM_THREADS": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}, "None 8")],
+    ids=["unset", "the user knows better"],
+)
+def test_scripts_bound_what_the_libraries_under_torch_take(variables, expected):
+    names = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    program = f"import os, rlhf.environment; print(*(os.environ.get(name) for name in {names}))"
+    others = {name: x for name, x in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "ONEDNN_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=others | variables, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == expected, done.stderr
+
+
 def test_importing_changes_nothing():
     """Environment, random state, threads, signals and the libraries' messages stay as they were."""
     program = """
@@ -107,7 +123,8 @@ import importlib, os, random, signal, sys
 import datasets, matplotlib, numpy, sklearn.metrics, torch, transformers
 
 def state():
-    not_ours = "TORCHINDUCTOR", "GOMP_SPINCOUNT"  # but the latter is, and must be set before torch is loaded
+    meant = "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # which must be set before torch is loaded
+    not_ours = "TORCHINDUCTOR", *meant
     environment = {name: x for name, x in os.environ.items() if not name.startswith(not_ours)}
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     seeds = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
