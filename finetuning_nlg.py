@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     )
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
-    cli.fill_chat(args)
+    cli.fill(args)
     recipes.fill(args, recipes.with_lora(recipes.PPO, args.lora), args.policy)
     cli.check_lora(args, args.policy, "--policy")
     cli.check_ppo_flags(args)

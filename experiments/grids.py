@@ -185,7 +185,8 @@ GRIDS = {
         f"--queries 32 --samples 16 --reference-samples 256 --batch-size 256 --gold {HOME}/judge",
         # the guard's copies of the weights would not fit twice
         shared=f"--policy models/smollm2 --reward {HOME}/reward --data {HOME}/rows/queries"
-        " --query-length 8 --response-length 24 --stop . --reference-samples 256 --no-kl-guard",
+        " --query-length 8 --response-length 24 --stop . --reference-samples 256 --no-kl-guard"
+        " --kl-coef 0.1 --no-leave-one-out",
     ),
     "labels": Grid(
         10_240,

@@ -182,8 +182,12 @@ def add_chat_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def fill_chat(args: argparse.Namespace) -> None:
-    """Give the flags that depend on --chat their defaults."""
+def fill(args: argparse.Namespace) -> None:
+    """Give the flags of finetuning_nlg.py that depend on other flags their defaults."""
+    if args.leave_one_out is None and (args.value_coef or args.value_lr or args.critic_warmup or args.separate_value):
+        args.leave_one_out = False  # who asks for a critic gets one
+    if args.leave_one_out is False and args.answers is None:
+        args.answers = 1
     recipes.choose(args, recipes.LENGTHS, args.chat)
     if args.chat and args.query_kl:
         raise UserError("--query-kl is for queries that may end earlier; with --chat none does")
@@ -195,7 +199,7 @@ def fill_chat(args: argparse.Namespace) -> None:
 
 def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     add_sampling_flags(group, with_chat=True)
-    group.add_argument("--answers", type=COUNT, default=1, help="responses to every query of a batch")
+    group.add_argument("--answers", type=COUNT, help=ppo_recipe("answers", "responses to every query of a batch"))
     group.add_argument(
         "--stop",
         help="token that ends a response (default: the tokenizer's end of text; with --chat the end of the turn)",
@@ -265,8 +269,8 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--leave-one-out",
-        action="store_true",
-        help="no critic: a value is the mean return of the other --answers to the same query",
+        action=argparse.BooleanOptionalAction,
+        help=ppo_recipe("leave_one_out", "no critic: a value is the mean return of the other --answers to a query"),
     )
     group.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
     group.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")

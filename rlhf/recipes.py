@@ -25,6 +25,8 @@ PPO: Recipe = {
     "kl_coef": (0.15, 0.1),
     "kl_start": (4.0, 1.0),
     "value_coef": (0.1, 0.0),
+    "leave_one_out": (False, True),
+    "answers": (1, 4),
     "episodes": (56_320, 10_240),
     "batch_size": (256, 128),
     "ppo_epochs": (2, 1),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import finetuning_nlg
 import train_cls
 from rlhf import models, recipes, supervised
 from tests.conftest import ROOT, TINY_RUN, run
@@ -117,3 +118,18 @@ def test_a_pretrained_model_keeps_its_perplexity(smollm2, tmp_path):
     run("finetuning_nlg", *reward, *small, cwd=tmp_path)
     assert perplexity(tmp_path / "ppo") < 1.1 * before
     assert models.load_policy(str(tmp_path / "ppo"), "--policy")
+
+
+@pytest.mark.parametrize(
+    ("flags", "leave_one_out", "answers"),
+    [
+        ("", True, 4),
+        ("--answers 8", True, 8),
+        ("--value-coef 0.1", False, 1),  # who asks for a critic gets one
+        ("--no-leave-one-out", False, 1),
+    ],
+)
+def test_a_pretrained_policy_has_leave_one_out_unless_it_is_given_a_critic(monkeypatch, flags, leave_one_out, answers):
+    monkeypatch.setattr(sys, "argv", ["finetuning_nlg.py", "--policy", "gpt2", *flags.split()])
+    args = finetuning_nlg.parse_args()
+    assert (args.leave_one_out, args.answers) == (leave_one_out, answers)
