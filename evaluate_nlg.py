@@ -105,11 +105,10 @@ def main() -> None:
     def evaluate(queries: list[str], texts: list[str], terminated: torch.Tensor) -> pd.DataFrame:
         return evaluate_texts(queries, texts, terminated, reward, judge)
 
-    stop_id = prompts.stop_token(trained.stop)
     draw = {
         "prompts": prompts,
         "queries": queries,
-        "sampling": Sampling(trained.response_length, trained.temperature, stop_id, trained.stop_after),
+        "sampling": prompting.sampling_of(trained, prompts),
         "evaluate": evaluate,
         "seed": args.seed,
     }

@@ -16,7 +16,6 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 
 import ppo
@@ -34,6 +33,7 @@ from rlhf import (
     model_card,
     models,
     optim,
+    outputs,
     plots,
     precision,
     prompting,
@@ -100,26 +100,16 @@ def main() -> None:
 def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: checkpoint.Checkpoints) -> None:
     updates = args.episodes // args.batch_size
 
-    # data and models
-    texts = prompting.load(args.chat, args.data, args.data_config, args.data_revision, args.text_column)
-    reference, model, tokenizer, dtype = load_models(args, device)
-    prompts = prompting.new(args.chat, tokenizer, args.reward_sees)
-    human = new_human(args, device, updates) if rewards.includes_people(args.reward) else None
-    policy = PolicyWithValue(model, args.separate_value, dtype).eval()
-    reward = rewards.load(
-        args.reward, args.missing_stop_score, device, args.precision, human and (human.model, human.tokenizer),
-        prompts.split,
-    )  # fmt: skip
-    judge = gold.load_judge(args.gold, prompts.readable(texts["valid"]), device, args.precision)
+    policy, reference, prompts, reward, judge, human, texts, dtype = load_task(args, device, updates)
     queries = prompts.training_queries(texts, args.query_length)
-    settings, sampling = ppo_settings(args), sampling_of(args, prompts)
+    settings, sampling = ppo_settings(args), prompting.sampling_of(args, prompts)
     measure = functools.partial(
         evaluation.measure, reference=reference, prompts=prompts, reward=reward, judge=judge, sampling=sampling,
         queries=evaluation.held_out_queries(prompts, texts, args.query_length) if args.eval_every else [],
         kl_coef=args.kl_coef, forward_batch=args.forward_batch, seed=args.seed,
     )  # fmt: skip
 
-    # what changes from update to update, and what does not
+    # what changes from update to update, and so belongs to a checkpoint
     optimizer = optim.ppo_optimizer(policy, args.lr, muon=args.optimizer == "muon", value_lr=args.value_lr)
     kl_schedule = ppo.KLSchedule(args.kl_coef, args.kl_start, args.target_kl, args.kl_horizon)
     query_stream = data.QueryStream(queries, args.seed)
@@ -156,7 +146,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
             ask_people(args, human, policy, prompts, queries, sampling, update, log.folder)
             calibrate(reward, human, samples)
             evaluations.forget_best()
-            write_config(args, reward, log.folder, runtime.provenance(device, dtype))
+            outputs.write_config(args, reward, log.folder, runtime.provenance(device, dtype))
         progress, clock = (update - 1) / updates, runtime.Clock(device)
         lr = optimizer.set_lr(args.lr * (1 - progress))
         kl_coef = kl_schedule.coefficient(progress) * kl_guard.kl_factor
@@ -208,6 +198,33 @@ def print_memory(args: argparse.Namespace) -> None:
 
 
 # what a run is made of
+
+
+class Task(NamedTuple):
+    """Data and models, as fine_tune takes them."""
+
+    policy: PolicyWithValue
+    reference: torch.nn.Module
+    prompts: prompting.Texts | prompting.Conversations
+    reward: rewards.Reward
+    judge: gold.Judge | None
+    human: feedback.HumanFeedback | None
+    texts: dict[str, list[str]]  # of every split
+    dtype: torch.dtype  # of matrix products
+
+
+def load_task(args: argparse.Namespace, device: torch.device, updates: int) -> Task:
+    texts = prompting.load(args.chat, args.data, args.data_config, args.data_revision, args.text_column)
+    reference, model, tokenizer, dtype = load_models(args, device)
+    prompts = prompting.new(args.chat, tokenizer, args.reward_sees)
+    human = new_human(args, device, updates) if rewards.includes_people(args.reward) else None
+    policy = PolicyWithValue(model, args.separate_value, dtype).eval()
+    reward = rewards.load(
+        args.reward, args.missing_stop_score, device, args.precision, human and (human.model, human.tokenizer),
+        prompts.split,
+    )  # fmt: skip
+    judge = gold.load_judge(args.gold, prompts.readable(texts["valid"]), device, args.precision)
+    return Task(policy, reference, prompts, reward, judge, human, texts, dtype)
 
 
 class ReferenceSamples(NamedTuple):
@@ -267,10 +284,6 @@ def ppo_settings(args: argparse.Namespace) -> ppo.Settings:
     )
 
 
-def sampling_of(args: argparse.Namespace, prompts) -> Sampling:
-    return Sampling(args.response_length, args.temperature, prompts.stop_token(args.stop), args.stop_after)
-
-
 def calibrate(reward: rewards.Reward, human: feedback.HumanFeedback | None, samples: ReferenceSamples) -> None:
     """Standardize the scores on the reference's texts."""
     if human:
@@ -292,7 +305,7 @@ def start(
         return
     calibrate(reward, human, samples)
     log.start()
-    write_config(args, reward, log.folder, provenance)
+    outputs.write_config(args, reward, log.folder, provenance)
 
 
 def ask_people(args, human, policy, prompts, queries: list[str], sampling: Sampling, update: int, folder) -> None:
@@ -302,39 +315,17 @@ def ask_people(args, human, policy, prompts, queries: list[str], sampling: Sampl
     append(folder / REWARD_MODEL, [row])
 
 
-def write_config(args: argparse.Namespace, reward: rewards.Reward, folder: Path, provenance: dict) -> None:
-    runtime.write_json(folder / "config.json", {"settings": vars(args), **reward.state_dict()} | provenance)
-
-
 def finish(args, policy, reward, prompts, sampling, human, log, evaluations, kl_guard, provenance: dict) -> None:
     """Write the last policy, the best, or the last good one of a run that the guard has stopped; and say which."""
     chosen = (evaluations.bring_back_best(policy) if args.keep_best else None) or kl_guard.chosen
     out = f"{args.out}_stopped" if kl_guard.chosen else args.out
     title, results = model_card.of_ppo(log.last_row, reward.ethics_before, chosen)
-    save_policy(args, out, policy.model, prompts.tokenizer, sampling, title, results, provenance)
+    outputs.save_policy(args, out, policy.model, prompts.tokenizer, sampling, title, results, provenance)
     if chosen:
         print(f"\n{out} is the policy after update {chosen.update}, {chosen.reason}")
     if human:
-        save_reward_model(args, human, log.folder, provenance)
+        outputs.save_reward_model(args, human, log.folder, provenance)
     kl_guard.raise_if_stopped(args.out, saved_to=out)
-
-
-def save_policy(
-    args: argparse.Namespace, out: str, model, tokenizer, sampling: Sampling, title: str, results: pd.DataFrame,
-    provenance: dict,
-) -> None:  # fmt: skip
-    """The policy with its model card."""
-    card = model_card.text(title, "text-generation", args.data, {"settings": vars(args)} | provenance, results)
-    model.generation_config = models.generation_config(tokenizer, sampling)
-    models.save_folder(out, model, tokenizer, card)
-
-
-def save_reward_model(args: argparse.Namespace, human: feedback.HumanFeedback, folder: Path, provenance: dict) -> None:
-    """The reward model that learned people's answers, in a folder beside the policy."""
-    table = pd.read_csv(folder / REWARD_MODEL).set_index("labels")
-    title, record = "What people's answers taught", {"settings": vars(args)} | provenance
-    card = model_card.text(title, "text-classification", args.feedback_file, record, table)
-    models.save_folder(f"{args.out}_reward", human.model, human.tokenizer, card)
 
 
 def show(args: argparse.Namespace, prompts, queries: list[str], texts_before: list[str], texts_after: list[str]):

@@ -174,6 +174,8 @@ GRIDS = {
             "lr_1e-4_kl_coef_0.3": "--lr 1e-4 --kl-coef 0.3",
             "leave_one_out_kl_coef_0.3": "--leave-one-out --answers 4 --kl-coef 0.3",
             "critic_kl_coef_0.3": "--value-coef 0.01 --value-lr 1e-3 --critic-warmup 2 --kl-coef 0.3",
+            "leave_one_out_lr_5e-5_kl_coef_0.1": "--leave-one-out --answers 4 --lr 5e-5",
+            "leave_one_out_lr_1e-4_kl_coef_0.05": "--leave-one-out --answers 4 --lr 1e-4 --kl-coef 0.05",
             "lora_leave_one_out_kl_coef_0.3": "--lora 8 --leave-one-out --answers 4 --kl-coef 0.3",
             "muon_lr_1e-4_kl_coef_0.3": "--optimizer muon --lr 1e-4 --kl-coef 0.3",
             "batch_64_kl_coef_0.3": "--batch-size 64 --kl-coef 0.3",

@@ -3,6 +3,7 @@
 Nothing here needs the peer itself.
 """
 
+import argparse
 import copy
 import json
 from pathlib import Path
@@ -55,7 +56,6 @@ def load(config: dict, device: torch.device) -> Task:
     reward.load_state_dict(config)
     asked_at_the_end = set(prompts.held_out_queries(texts, settings["query_length"]))
     others = prompts.validation_queries(texts, settings["query_length"])
-    stop_id = prompts.stop_token(settings["stop"])
     return Task(
         reference.to(device).requires_grad_(False),
         tokenizer,
@@ -63,7 +63,7 @@ def load(config: dict, device: torch.device) -> Task:
         prompts.training_queries(texts, settings["query_length"]),
         [query for query in others if query not in asked_at_the_end][:VALIDATION_QUERIES],
         reward,
-        Sampling(settings["response_length"], settings["temperature"], stop_id, settings["stop_after"]),
+        prompting.sampling_of(argparse.Namespace(**settings), prompts),
         settings["kl_coef"],
     )
 

@@ -2,8 +2,8 @@
 
     python -m experiments.report        # writes them from the files in data_results/
 
-report_ppo.py, report_grids.py and report_rewards.py have a function for every question. The command stops at a sentence
-that the data no longer supports.
+report_ppo.py, report_grids.py, report_rewards.py and report_pretrained.py have a function for every question. The
+command stops at a sentence that the data no longer supports.
 """
 
 import argparse
@@ -12,12 +12,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import report_grids, report_log, report_ppo, report_rewards
+from experiments import report_grids, report_log, report_ppo, report_pretrained, report_rewards
 from experiments.markdown import lines, load, spread, table, wrapped
 from experiments.report_ppo import DEFAULT, PEERS, default_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-QUESTIONS = (*report_ppo.QUESTIONS, *report_grids.QUESTIONS, *report_rewards.QUESTIONS)
+QUESTIONS = (
+    *report_ppo.QUESTIONS,
+    *report_grids.QUESTIONS,
+    *report_rewards.QUESTIONS,
+    *report_pretrained.QUESTIONS,
+)
 EXAMPLES = 2  # texts before and after, in README.md
 
 RESULTS = """# Results

@@ -23,7 +23,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-import finetuning_nlg
 from rlhf import (
     checkpoint,
     cli,
@@ -31,6 +30,7 @@ from rlhf import (
     evaluation,
     gold,
     models,
+    outputs,
     precision,
     prompting,
     recipes,
@@ -123,7 +123,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     print(recipes.summary(args, RECIPE, args.policy))
 
     # the reference's answers: first those that standardize the scores, as in finetuning_nlg.py with the same seed
-    sampling, rng = finetuning_nlg.sampling_of(args, prompts), torch.Generator().manual_seed(args.seed)
+    sampling, rng = prompting.sampling_of(args, prompts), torch.Generator().manual_seed(args.seed)
     first_queries = stream.take(args.reference_samples)
     reward.calibrate(first_queries, models.continuations(reference, prompts, first_queries, sampling, rng))
     clock, count = runtime.Clock(device), args.episodes // args.answers
@@ -156,12 +156,12 @@ def save(args: argparse.Namespace, model, tokenizer, sampling: Sampling, reward,
     folder = Path(args.results) / args.run
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").unlink(missing_ok=True)  # of a previous run
-    finetuning_nlg.write_config(args, reward, folder, provenance)
+    outputs.write_config(args, reward, folder, provenance)
     log.to_csv(folder / "log.csv", index=False, float_format="%.6g", lineterminator="\n")
     results = log.set_index("update")[["train_loss", "valid_loss", "eval_score", "eval_ethics", "eval_kl"]]
     print("\n" + results.to_string(float_format="%.4f"))
     title = f"A generator fine-tuned on its own samples: {args.method}"
-    finetuning_nlg.save_policy(args, args.out, model, tokenizer, sampling, title, results, provenance)
+    outputs.save_policy(args, args.out, model, tokenizer, sampling, title, results, provenance)
     print(f"policy: {args.out}; run: {folder}")
 
 

@@ -4,6 +4,7 @@ The two classes have the same methods: which queries there are, how a query beco
 that rewards, judges and people see, and how that text is taken apart again. Shapes as in rlhf/rollout.py.
 """
 
+import argparse
 import random
 import zlib
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rlhf import chat, data, models
 from rlhf.errors import UserError
+from rlhf.sampling import Sampling
 
 REPLY, BOTH = REWARD_SEES = ("reply", "both")
 
@@ -33,6 +35,12 @@ def load(is_chat: bool, *source) -> dict[str, list[str]]:
 
 def new(is_chat: bool, tokenizer, reward_sees: str):
     return Conversations(tokenizer, reward_sees) if is_chat else Texts(tokenizer)
+
+
+def sampling_of(settings: argparse.Namespace, prompts) -> Sampling:
+    """How a run of finetuning_nlg.py with these settings draws its responses."""
+    stop_id = prompts.stop_token(settings.stop)
+    return Sampling(settings.response_length, settings.temperature, stop_id, settings.stop_after)
 
 
 class Texts:

@@ -23,6 +23,7 @@ LAYERS = [  # a module imports from the layers before its own only
     "rewards",
     "gold human",
     "run_log evaluation",
+    "outputs",
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 FILES = [

@@ -1,0 +1,34 @@
+"""What a run writes beside its log: its settings, and models with their cards."""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from rlhf import model_card, models, rewards, runtime
+from rlhf.human import feedback
+from rlhf.run_log import REWARD_MODEL
+from rlhf.sampling import Sampling
+
+
+def write_config(args: argparse.Namespace, reward: rewards.Reward, folder: Path, provenance: dict) -> None:
+    """config.json of a run folder: the settings, how the scores are standardized, and where and how it was run."""
+    runtime.write_json(folder / "config.json", {"settings": vars(args), **reward.state_dict()} | provenance)
+
+
+def save_policy(
+    args: argparse.Namespace, out: str, model, tokenizer, sampling: Sampling, title: str, results: pd.DataFrame,
+    provenance: dict,
+) -> None:  # fmt: skip
+    """The policy with its model card."""
+    card = model_card.text(title, "text-generation", args.data, {"settings": vars(args)} | provenance, results)
+    model.generation_config = models.generation_config(tokenizer, sampling)
+    models.save_folder(out, model, tokenizer, card)
+
+
+def save_reward_model(args: argparse.Namespace, human: feedback.HumanFeedback, folder: Path, provenance: dict) -> None:
+    """The reward model that learned people's answers, in a folder beside the policy."""
+    table = pd.read_csv(folder / REWARD_MODEL).set_index("labels")
+    title, record = "What people's answers taught", {"settings": vars(args)} | provenance
+    card = model_card.text(title, "text-classification", args.feedback_file, record, table)
+    models.save_folder(f"{args.out}_reward", human.model, human.tokenizer, card)
