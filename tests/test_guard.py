@@ -122,6 +122,13 @@ def test_a_copy_is_apart_and_keeps_ties():
     assert copied["b"][0].tolist() == [6, 6, 6]
 
 
+def test_a_copy_of_parts_of_a_tensor_has_their_shapes_and_no_gradients():
+    whole = torch.arange(6.0).view(2, 3).requires_grad_()
+    copied = cpu_copy((whole.detach().T, torch.empty(0, dtype=torch.int64), whole.detach()[1]))
+    assert [part.tolist() for part in copied] == [[[0, 3], [1, 4], [2, 5]], [], [3, 4, 5]]
+    assert copied[1].dtype == torch.int64 and not any(part.requires_grad for part in copied)
+
+
 # in a run
 
 BREAKS = ["--optimizer", "adam", "--lr", "0.3", "--kl-limit", "3", "--response-length", "8", "--missing-stop-score", 0]
