@@ -167,28 +167,28 @@ GRIDS = {
         setup=train_on_real_data,
     ),
     "recipe": Grid(
-        2560,
+        5120,
         {
-            "first_try": "",
-            "kl_coef_0.3": "--kl-coef 0.3",
-            "lr_1e-4_kl_coef_0.3": "--lr 1e-4 --kl-coef 0.3",
-            "leave_one_out_kl_coef_0.3": "--leave-one-out --answers 4 --kl-coef 0.3",
-            "critic_kl_coef_0.3": "--value-coef 0.01 --value-lr 1e-3 --critic-warmup 2 --kl-coef 0.3",
-            "leave_one_out_lr_5e-5_kl_coef_0.1": "--leave-one-out --answers 4 --lr 5e-5",
-            "leave_one_out_lr_1e-4_kl_coef_0.05": "--leave-one-out --answers 4 --lr 1e-4 --kl-coef 0.05",
-            "lora_leave_one_out_kl_coef_0.3": "--lora 8 --leave-one-out --answers 4 --kl-coef 0.3",
-            "muon_lr_1e-4_kl_coef_0.3": "--optimizer muon --lr 1e-4 --kl-coef 0.3",
-            "batch_64_kl_coef_0.3": "--batch-size 64 --kl-coef 0.3",
-            "K2_kl_coef_0.3": "--ppo-epochs 2 --kl-coef 0.3",
+            "default": "",
+            "no_baseline": "--no-leave-one-out",
+            "critic": "--value-coef 0.01 --value-lr 1e-3 --critic-warmup 2",
             "lr_1e-5": "--lr 1e-5",
+            "lr_3e-5": "--lr 3e-5",
+            "lr_1e-4": "--lr 1e-4",
+            "kl_coef_0.05": "--kl-coef 0.05",
+            "kl_coef_0.2": "--kl-coef 0.2",
             "adaptive_kl": "--target-kl 2 --kl-horizon 1280",
             "kl_start_4": "--kl-start 4",
+            "muon_lr_1e-4": "--optimizer muon --lr 1e-4",
+            "batch_64": "--batch-size 64",
+            "K2": "--ppo-epochs 2",
+            "lora": "--lora 8",
+            "without_fine_tuning": "--policy models/smollm2",
         },
         f"--queries 32 --samples 16 --reference-samples 256 --batch-size 256 --gold {HOME}/judge",
         # the guard's copies of the weights would not fit twice
-        shared=f"--policy models/smollm2 --reward {HOME}/reward --data {HOME}/rows/queries"
-        " --query-length 8 --response-length 24 --stop . --reference-samples 256 --no-kl-guard"
-        " --kl-coef 0.1 --no-leave-one-out",
+        shared=f"--policy {HOME}/nlg --reward {HOME}/reward --data {HOME}/rows/queries"
+        " --query-length 8 --response-length 32 --no-kl-guard",
     ),
     "labels": Grid(
         10_240,

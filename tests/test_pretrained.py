@@ -42,15 +42,17 @@ def test_real_texts_have_a_judge_of_other_labels_another_seed_and_another_archit
     assert scripts[2:] == [
         "experiments.real_data",
         *["train_cls.py"] * 2,
+        "train_nlg.py",
         *["finetuning_nlg.py"] * 2,
         "evaluate_nlg.py",
     ]
-    reward, judge, first, second, evaluation = (flags for _, flags in commands[3:])
+    reward, judge, generator, first, second, evaluation = (flags for _, flags in commands[3:])
     assert [flag(reward, "model"), flag(judge, "model")] == [pretrained.ENCODER, pretrained.POLICY]
     assert flag(reward, "data").endswith("rows/reward") and flag(judge, "data").endswith("rows/judge")
     assert flag(reward, "seed") != flag(judge, "seed")
+    assert flag(generator, "model") == pretrained.POLICY and flag(generator, "data").endswith("rows/texts")
     for seed, ppo in enumerate((first, second)):
-        assert flag(ppo, "policy") == pretrained.POLICY  # as it comes
+        assert flag(ppo, "policy") == flag(generator, "out")
         assert flag(ppo, "reward") == flag(reward, "out") and flag(ppo, "gold") == flag(judge, "out")
         assert (flag(ppo, "seed"), flag(ppo, "run")) == (str(seed), f"sentiment_seed{seed}")
     assert flag(evaluation, "gold") == flag(judge, "out")
