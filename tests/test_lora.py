@@ -139,7 +139,8 @@ def test_updates_leave_the_reference_as_it_is_bit_for_bit(config, dtype):
         return tiny.collect(policy, model, seed=9).ref_logprobs
 
     metrics = update_twice(policy, reference)
-    assert metrics["ratio_deviation_first"] < (1e-5 if dtype == torch.float32 else 1e-30)
+    # bfloat16 would round by 4e-3; what is left are sums in float32 whose order differs on some processors
+    assert metrics["ratio_deviation_first"] < (1e-5 if dtype == torch.float32 else 1e-6)
     moved = tiny.collect(policy, reference, seed=9)
     assert moved.exact_kl.sum() > 0.01
     assert torch.equal(moved.ref_logprobs, logprobs(alone))
@@ -311,7 +312,7 @@ def test_generator_and_classifier_learn_through_adapters(chain, tmp_path):
 def test_learning_rates_are_ten_times_those_of_adam():
     with_lora = recipes.with_lora(recipes.PPO, 8)
     assert with_lora["optimizer"] == ("adam", "adam")
-    assert with_lora["lr"] == (3.3e-3, 3e-4)  # Muon's 1e-3 is three times Adam's
+    assert with_lora["lr"] == (3.3e-3, 5e-4)  # Muon's 1e-3 is three times Adam's
     assert recipes.with_lora(recipes.GENERATOR, 8)["lr"][1] == 5e-4
     assert recipes.with_lora(recipes.PPO, None) is recipes.PPO
 
