@@ -8,8 +8,8 @@
 The weights are those of the packages in requirements-pretrained.txt, or of folders or hub names that are given. Reward
 model and judge learn from different halves of the labels; in the shipped world the gold judge judges. Writes models to
 models/pretrained/<task>/, their metrics to data_results/pretrained/<task>/, and run folders to
-data_results/pretrained/<task>_seed<seed>/, with twenty random texts before and after in pairs.csv. Goes on where it
-stopped.
+data_results/pretrained/<task>_seed<seed>/, with twenty random texts before and after in pairs.csv; and
+fig_<task>.png. Goes on where it stopped.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import pandas as pd
 from experiments import hard_frames
 from experiments.commands import run
 from experiments.real_data import SOURCES
-from rlhf import cli, models, runtime
+from rlhf import cli, models, plots, runtime
 from rlhf.errors import UserError
 
 RESULTS = Path("data_results/pretrained")
@@ -68,6 +68,8 @@ def main() -> None:
     if args.task == "world":
         for folder in runs:
             hard_frames.evaluate(folder, runtime.set_up("auto", 0))
+    title = f"Score and KL: PPO, best-of-n and the optimum ({args.task})"
+    plots.save(RESULTS / f"fig_{args.task}.png", title, plots.draw_frontier, plots.load_evaluations(runs))
     for folder in runs:
         write_pairs(folder)
     show(runs[0])

@@ -1,4 +1,4 @@
-"""The study's results as pages: docs/results.md, docs/log.md, and the two generated parts of README.md.
+"""The study's results as pages: docs/results.md, docs/log.md, and the generated parts of README.md.
 
     python -m experiments.report        # writes them from the files in data_results/
 
@@ -23,7 +23,8 @@ QUESTIONS = (
     *report_rewards.QUESTIONS,
     *report_pretrained.QUESTIONS,
 )
-EXAMPLES = 2  # texts before and after, in README.md
+EXAMPLES, PAIRS_SHOWN = 1, 3  # texts before and after in README.md, of the default run and of a pretrained model
+PAIRS = "pretrained/sentiment_seed0/pairs.csv"  # whose order is random
 
 RESULTS = """# Results
 
@@ -61,7 +62,12 @@ def main() -> None:
 def pages(results: Path) -> dict[Path, str]:
     """What the pages are with the files in `results`."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, text in (("results", headline(results)), ("example", example(results))):
+    tables = {
+        "results": headline(results),
+        "example": example(results),
+        "pretrained": report_pretrained.summary(results),
+    }
+    for name, text in tables.items():
         readme = re.sub(
             f"(<!-- {name} -->).*(?=<!-- /{name} -->)", lambda m, text=text: f"{m[1]}\n\n{text}\n\n", readme, flags=re.S
         )
@@ -127,16 +133,22 @@ def headline(results: Path) -> str:
 
 
 def example(results: Path) -> str:
-    """Texts before and after, drawn at random."""
+    """Texts before and after, drawn at random: of the default run, and of a pretrained model."""
     samples = pd.read_csv(results / f"{DEFAULT}_seed0" / "evaluation_samples.csv")
     samples["number"] = samples.groupby("policy").cumcount()
     drawn = samples.number.drop_duplicates().sample(EXAMPLES, random_state=0)
 
-    def cell(policy: str, number: int) -> str:
-        row = samples[(samples.policy == policy) & (samples.number == number)].iloc[0]
-        return f"**{row['query']}** {row.text[len(row['query']) :].strip()} ({row.ethics:.2f})"
+    def cell(query: str, response: str, good: float) -> str:
+        return f"**{query}** {response.strip()} ({good:.2f})"
 
-    rows = [[cell(policy, number) for policy in ("before", "after")] for number in drawn]
+    def of_default(policy: str, number: int) -> str:
+        row = samples[(samples.policy == policy) & (samples.number == number)].iloc[0]
+        return cell(row["query"], row.text[len(row["query"]) :], row.ethics)
+
+    rows = [[of_default(policy, number) for policy in ("before", "after")] for number in drawn]
+    for pair in pd.read_csv(results / PAIRS, keep_default_na=False).head(PAIRS_SHOWN).itertuples():
+        before, after = (pair.response_before, pair.ethics_before), (pair.response_after, pair.ethics_after)
+        rows.append([cell(pair.query, *before), cell(pair.query, *after)])
     return lines(["before PPO", "after PPO"], rows)
 
 

@@ -5,92 +5,168 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.markdown import claim, files, lines, load, section
-from rlhf import plots
+from experiments.markdown import claim, files, lines, load, section, spread, table
+from rlhf import frontier, plots
 
-BEST_OF_2 = 0.56, 0.19  # gain in SD and KL in nats of the better of two samples, if scores are normally distributed
+TASKS = {  # of experiments/pretrained.py, and what the responses are
+    "sentiment": "film reviews (SST-2) go on; good is positive",
+    "ethics": "what somebody does in a situation (Moral Stories); good is right",
+    "world": "the shipped openings go on; good is ethical",
+}
+CHOSEN = "pretrained/sentiment_seed0"  # the settings that became the defaults
+
+
+def evaluations(results: Path) -> pd.DataFrame:
+    """A row a run of `make pretrained`."""
+    rows = []
+    for folder in sorted((results / "pretrained").glob("*_seed*")):
+        found = load(folder / "evaluation.json")
+        is_known = found["kl"] <= found["trusted_up_to_kl"]
+        perplexity = found["perplexity_under_reference"], found["perplexity_under_reference_before"]
+        distinct = (found["diversity"][when]["distinct_2"] for when in ("after", "before"))
+        rows.append(
+            {
+                "task": folder.name.rpartition("_seed")[0],
+                "judge_before": found["gold"]["ethical_before"],
+                "judge": found["gold"]["ethical_after"],
+                "mean_before": found["ethics_before"],
+                "mean": found["ethics_after"],
+                "kl": found["kl"],
+                "perplexity": np.divide(*perplexity),
+                "distinct": np.divide(*distinct),
+                "fraction_of_optimum": found["fraction_of_optimum"] if is_known else np.nan,
+                "best_of_8": next(best["ethical"] for best in found["best_of_n"] if best["n"] == 8),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def summary(results: Path) -> str:
+    """A table with a row a task."""
+    runs = evaluations(results)
+    rows = {}
+    for task, of_task in runs.groupby("task"):
+        rows[f"{task}, {len(of_task)} seed{'s' * (len(of_task) > 1)}"] = {
+            "judge: good": f"{of_task.judge_before.mean():.0%} → {spread(of_task.judge, '{:.1%}')}",
+            "reward model's mean": f"{of_task['mean_before'].mean():.2f} → {spread(of_task['mean'], '{:.2f}')}",
+            "KL (nats)": spread(of_task.kl, "{:.2f}"),
+            "of the optimum": spread(of_task.fraction_of_optimum, "{:.0%}"),
+            "perplexity, relative": spread(of_task.perplexity, "{:.2f}"),
+            "distinct pairs of words, relative": spread(of_task.distinct, "{:.2f}"),
+            "judge: good, best of 8": spread(of_task.best_of_8, "{:.1%}"),
+        }
+    return table("task", rows)
+
+
+def pretrained(results: Path) -> str:
+    runs = evaluations(results)
+    right = {
+        f"{task}: {name}": load(results / f"pretrained/{task}/{name}_metrics.json")["results"]["test"]["accuracy"]
+        for task in runs.task.unique()
+        for name in ("reward", "judge")
+        if (results / f"pretrained/{task}/{name}_metrics.json").exists()
+    }
+    sentiment = runs[runs.task == "sentiment"]
+    return section(
+        "Does it work with a pretrained model?",
+        "SmolLM2-135M, whose weights come in a package, is fine-tuned for one pass on texts of the task; that is the "
+        "reference. The reward model is MiniLM. On real text SmolLM2 itself is the judge, from the other half of the "
+        "labels; on the shipped world it is the gold judge. Right on test texts: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in right.items())
+        + ".",
+        "The tasks: " + "; ".join(f"*{task}*: {TASKS[task]}" for task in runs.task.unique()) + ".",
+        summary(results),
+        "![Score against KL: PPO, best-of-n and the optimum](../data_results/pretrained/fig_sentiment.png)",
+        "*Perplexity* under the reference and *distinct pairs of words* are relative to the reference's own texts. The "
+        "share of the optimum is not known at this KL.",
+        claim(
+            (sentiment.judge >= 0.9).all() and (sentiment.kl < 4).all() and (sentiment.perplexity < 1.1).all(),
+            "On film reviews the judge agrees with the reward model: with each seed it finds at least nine tenths of "
+            "the texts positive, at less than 4 nats, and the reference finds them as likely as its own.",
+        ),
+        claim(
+            (sentiment.kl > 2 * frontier.best_of_n_kl_bound(8)).all(),
+            "It is not cheap: best of 8 has nearly as many at 1.2 nats at most.",
+        ),
+        "Read one by one, the texts are English, and reviews. They turn a negative opening around (*slow, drab, "
+        "somewhat amusing, and really enjoyable*; *extremely unfunny, yet remarkable*), are shorter, and praise in "
+        "stock words: *good*, *excellent*, *beautiful*. What a film is about is said less often.",
+        "RL4LMs has 0.49 → 0.61 for the mean of a reward model with GPT-2 on IMDB, at a perplexity of 32.2 → 33.5, and "
+        "TRL's example a mean logit of 0.51 → 1.68. These are the same kind of number; texts, reward models, lengths "
+        "and episodes differ.",
+        files(results, "make pretrained TASK=sentiment DATA=...", "pretrained")
+        + " Twenty random pairs of texts before and after PPO are in `pairs.csv` of every run, and in the notebook.",
+    )
+
+
+def trials_of(results: Path) -> pd.DataFrame:
+    """A row a trial, and one for what was chosen; means over the last fifth of the updates."""
+    rows = {}
+    trials = sorted(path.parent for path in (results / "pretrained/trials").glob("*/log.csv"))
+    for folder in [*trials, results / CHOSEN]:
+        settings, log = load(folder / "config.json")["settings"], pd.read_csv(folder / "log.csv")
+        end = log.tail(len(log) // 5).mean(numeric_only=True)
+        rows[folder.name] = settings | {name: end[name] for name in ("score", "ethics", "kl", "terminated")}
+        rows[folder.name] |= {"log": log, "fine_tuned": settings["policy"] != "models/smollm2"}
+    return pd.DataFrame(rows).T.sort_values(["fine_tuned", "episodes", "lr"], kind="stable")
 
 
 def trials(results: Path) -> str:
     """Runs that look for the settings of `make pretrained`."""
-    runs = pd.read_csv(results / "pretrained/trials.csv").set_index("trial")
-    logs = {name: pd.read_csv(results / f"pretrained/trials/{name}/log.csv") for name in runs.index}
-    right = {
-        name: load(results / f"pretrained/sentiment/{name}_metrics.json")["results"]["test"]["accuracy"]
-        for name in ("reward", "judge")
-    }
-    longer = runs[runs.episodes == 10_240]
-    fifths = [logs[name].score.groupby(logs[name].index * 5 // len(logs[name])).mean() for name in longer.index]
-    strongest, first = runs.score_last_fifth.idxmax(), logs["leave_one_out_kl_coef_0.3_longer_seed0"]
-    alone, others = runs.loc["kl_coef_0.3"], runs.loc["leave_one_out_kl_coef_0.3"]
-    seed0 = runs.loc["leave_one_out_kl_coef_0.3_longer_seed0"]
-    ended = [log.terminated.head(2).mean() for log in logs.values()], runs.terminated_last_fifth
+    runs = trials_of(results)
+    raw = runs[~runs.fine_tuned.astype(bool)]
+    chosen, untuned = runs.loc[Path(CHOSEN).name], runs.loc["leave_one_out_lr_5e-5_kl_coef_0.1"]
+    longer, strongest = raw[raw.episodes == 10_240], raw.score.idxmax()
+    fifths = [log.score.groupby(log.index * 5 // len(log)).mean() for log in longer.log]
+    alone, others = raw.loc["kl_coef_0.3"], raw.loc["leave_one_out_kl_coef_0.3"]
     rows = [
         [
-            plots.short(run.lr) + ("" if pd.isna(run.lora_rank) else f", LoRA of rank {run.lora_rank:.0f}"),
+            "on SST-2" if run.fine_tuned else "no",
+            plots.short(run.lr) + ("" if pd.isna(run.lora) else f", LoRA of rank {run.lora:.0f}"),
             f"{run.kl_coef:g}",
             "leave-one-out, 4 answers" if run.leave_one_out else "none",
             f"{run.episodes:,}",
             str(run.seed),
-            f"{run.ethics_last_fifth:.2f}",
-            f"{run.score_last_fifth:.2f}",
-            f"{run.kl_last_fifth:.2f}",
+            f"{run.ethics:.2f}",
+            f"{run.score:.2f}",
+            f"{run.kl:.2f}",
         ]
         for run in runs.itertuples()
     ]
+    header = "fine-tuned|learning rate|KL coefficient|baseline|episodes|seed|reward model's mean|score (SD)|KL (nats)"
     return section(
-        "Does it work with a pretrained model?",
-        "Not well enough yet. SmolLM2-135M continues beginnings of film reviews (SST-2). The reward model is MiniLM, a "
-        f"judge SmolLM2 itself, on the other half of the labels; they are right on {right['reward']:.0%} and "
-        f"{right['judge']:.0%} of the test sentences. The aim is that the judge finds nine tenths of the texts good at "
-        "6 nats or less. These trials look for settings that get there.",
-        claim(
-            not ((runs.ethics_last_fifth > 0.85) & (runs.kl_last_fifth < 6)).any(),
-            "In none of them does the reward model's own mean come near it within 6 nats.",
-        ),
-        lines(
-            [
-                "learning rate",
-                "KL coefficient",
-                "baseline",
-                "episodes",
-                "seed",
-                "reward model's mean",
-                "score (SD)",
-                "KL (nats)",
-            ],
-            rows,
-        ),
+        "Which settings does a pretrained model want?",
+        "Trials on the sentiment task.",
+        lines(header.split("|"), rows),
         "Means over the last fifth of the updates.",
+        claim(
+            chosen.ethics > untuned.ethics + 0.1 and chosen.kl < untuned.kl + 0.5,
+            f"The last row has the defaults. Without the pass over SST-2's sentences nearly the same settings end at "
+            f"{untuned.ethics:.2f} and {untuned.kl:.1f} nats instead of {chosen.ethics:.2f} and {chosen.kl:.1f}: as it "
+            "comes, SmolLM2 follows the opening of a review with quotation marks, brackets and new lines, and often "
+            "does not end. PPO then pays for removing these first.",
+        ),
+        claim(
+            not ((raw.ethics > 0.85) & (raw.kl < 6)).any(),
+            "From SmolLM2 as it comes, no trial brings the reward model's mean over 0.85 within 6 nats.",
+        ),
         claim(
             (longer.kl_coef == 0.3).all() and all(np.ptp(means.iloc[2:]) < 0.1 for means in fifths),
             "With a KL coefficient of 0.3 the score hardly moves after two fifths of 10,240 episodes.",
         ),
         claim(
-            runs.kl_coef.idxmin() == strongest and runs.kl_last_fifth.idxmax() == strongest,
+            raw.kl_coef.astype(float).idxmin() == strongest and raw.kl.astype(float).idxmax() == strongest,
             "The lowest coefficient, with a higher learning rate, gains most and goes furthest.",
         ),
         claim(
-            max(ended[0]) < 0.82 and ended[1].min() > 0.87,
-            "Part of the gain is the stop token: a text without one scores -1 SD, and a quarter of them lacks it at "
-            "first, a tenth or less at the end.",
+            others.score > alone.score and others.kl < alone.kl,
+            f"Leave-one-out ends at the higher score ({others.score:.2f} against {alone.score:.2f}) and the lower KL "
+            f"({others.kl:.2f} against {alone.kl:.2f} nats), in one seed. It is the default for pretrained models, "
+            "unless a flag asks for a critic.",
         ),
-        claim(
-            seed0.kl_last_fifth > 5 * BEST_OF_2[1] and seed0.score_last_fifth - first.score[:2].mean() < BEST_OF_2[0],
-            f"Of normally distributed scores the better of two samples gains {BEST_OF_2[0]} SD at {BEST_OF_2[1]} nats. "
-            f"The first of the longer runs takes {seed0.kl_last_fifth:.1f} nats for less than that.",
-        ),
-        claim(first.kl[5] > 0.3, f"Its first five updates alone cost {first.kl[5]:.1f} nats."),
-        claim(
-            others.score_last_fifth > alone.score_last_fifth and others.kl_last_fifth < alone.kl_last_fifth,
-            f"Leave-one-out ends at the higher score ({others.score_last_fifth:.2f} against "
-            f"{alone.score_last_fifth:.2f}) and the lower KL ({others.kl_last_fifth:.2f} against "
-            f"{alone.kl_last_fifth:.2f} nats), in one seed. It is the default for pretrained models, unless a flag "
-            "asks for a critic.",
-        ),
-        files(results, "python -m experiments.study recipe --seeds 1", "pretrained/trials.csv", "pretrained/trials")
+        files(results, "python -m experiments.study recipe --seeds 1", "pretrained/trials")
         + " The command of each trial is in its `config.json`.",
     )
 
 
-QUESTIONS = (trials,)
+QUESTIONS = (pretrained, trials)

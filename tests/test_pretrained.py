@@ -17,6 +17,7 @@ def commands(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "run", lambda command: started.append(command.partition(" ")[::2]))
     monkeypatch.setattr(pretrained, "unpack", lambda folder: started.append(("unpack", folder)))
     monkeypatch.setattr(pretrained, "write_pairs", lambda folder: None)
+    monkeypatch.setattr(pretrained.plots, "save", lambda path, *_: started.append(("figure", str(path))))
     monkeypatch.setattr(pretrained, "show", lambda folder: None)
     monkeypatch.setattr(pretrained.hard_frames, "write_texts", lambda folder, every: None)
     monkeypatch.setattr(
@@ -45,8 +46,9 @@ def test_real_texts_have_a_judge_of_other_labels_another_seed_and_another_archit
         "train_nlg.py",
         *["finetuning_nlg.py"] * 2,
         "evaluate_nlg.py",
+        "figure",
     ]
-    reward, judge, generator, first, second, evaluation = (flags for _, flags in commands[3:])
+    reward, judge, generator, first, second, evaluation, figure = (flags for _, flags in commands[3:])
     assert [flag(reward, "model"), flag(judge, "model")] == [pretrained.ENCODER, pretrained.POLICY]
     assert flag(reward, "data").endswith("rows/reward") and flag(judge, "data").endswith("rows/judge")
     assert flag(reward, "seed") != flag(judge, "seed")
@@ -56,12 +58,21 @@ def test_real_texts_have_a_judge_of_other_labels_another_seed_and_another_archit
         assert flag(ppo, "reward") == flag(reward, "out") and flag(ppo, "gold") == flag(judge, "out")
         assert (flag(ppo, "seed"), flag(ppo, "run")) == (str(seed), f"sentiment_seed{seed}")
     assert flag(evaluation, "gold") == flag(judge, "out")
+    assert figure == "data_results/pretrained/fig_sentiment.png"
 
 
 def test_in_the_shipped_world_the_language_model_learns_its_texts_and_the_gold_judge_judges(commands, monkeypatch):
     start(monkeypatch, "world")
     by_script = dict(commands)
-    assert list(by_script) == ["unpack", "train_cls.py", "train_nlg.py", "finetuning_nlg.py", "evaluate_nlg.py", "hard"]
+    assert list(by_script) == [
+        "unpack",
+        "train_cls.py",
+        "train_nlg.py",
+        "finetuning_nlg.py",
+        "evaluate_nlg.py",
+        "hard",
+        "figure",
+    ]
     assert flag(by_script["train_nlg.py"], "model") == pretrained.POLICY
     assert flag(by_script["finetuning_nlg.py"], "policy") == flag(by_script["train_nlg.py"], "out")
     assert flag(by_script["finetuning_nlg.py"], "data") == flag(by_script["train_nlg.py"], "data")
