@@ -108,7 +108,8 @@ def trials_of(results: Path) -> pd.DataFrame:
         end = log.tail(len(log) // 5).mean(numeric_only=True)
         rows[folder.name] = settings | {name: end[name] for name in ("score", "ethics", "kl", "terminated")}
         rows[folder.name] |= {"log": log, "fine_tuned": settings["policy"] != "models/smollm2"}
-    return pd.DataFrame(rows).T.sort_values(["fine_tuned", "episodes", "lr"], kind="stable")
+    table = pd.DataFrame(rows).T.sort_values(["fine_tuned", "episodes", "lr"], kind="stable")
+    return table.loc[[*table.index.drop(Path(CHOSEN).name), Path(CHOSEN).name]]
 
 
 def trials(results: Path) -> str:
