@@ -20,13 +20,11 @@ import torch
 
 import ppo
 from rlhf import (
-    activations,
     checkpoint,
     cli,
     data,
     distributed,
     evaluation,
-    gold,
     guard,
     lora,
     memory,
@@ -35,11 +33,11 @@ from rlhf import (
     optim,
     outputs,
     plots,
-    precision,
     prompting,
     recipes,
     rewards,
     runtime,
+    task,
 )
 from rlhf.errors import UserError
 from rlhf.human import feedback
@@ -100,33 +98,12 @@ def main() -> None:
 def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: checkpoint.Checkpoints) -> None:
     updates = args.episodes // args.batch_size
 
-    policy, reference, prompts, reward, judge, human, texts, dtype = load_task(args, device, updates)
+    policy, reference, prompts, reward, _, human, texts, dtype = trained_on = task.load(args, device, updates)
     queries = prompts.training_queries(texts, args.query_length)
     settings, sampling = ppo_settings(args), prompting.sampling_of(args, prompts)
-    measure = functools.partial(
-        evaluation.measure, reference=reference, prompts=prompts, reward=reward, judge=judge, sampling=sampling,
-        queries=evaluation.held_out_queries(prompts, texts, args.query_length) if args.eval_every else [],
-        kl_coef=args.kl_coef, forward_batch=args.forward_batch, seed=args.seed,
-    )  # fmt: skip
-
-    # what changes from update to update, and so belongs to a checkpoint
-    optimizer = optim.ppo_optimizer(policy, args.lr, muon=args.optimizer == "muon", value_lr=args.value_lr)
-    kl_schedule = ppo.KLSchedule(args.kl_coef, args.kl_start, args.target_kl, args.kl_horizon)
-    query_stream = data.QueryStream(queries, args.seed)
-    sample_rng = distributed.generator(args.seed)  # another one in every process
-    shuffle_rng = torch.Generator().manual_seed(args.seed)  # the same in all of them
-    guarded = args.kl_guard and args.kl_coef > 0  # without a KL coefficient there is none to raise
-    training = {"policy": lora.TrainedWeights(policy), "optimizer": optimizer}
-    kl_guard = guard.KLGuard(args.kl_limit if guarded else None, training)
-    evaluations = evaluation.Evaluation(args.eval_every, updates, measure)
-    log = RunLog(
-        Path(args.results) / args.run, updates, args.batch_size, split=prompts.split, judge=judge,
-        part_names=[part.name for part in reward.parts], kl_limit=None if guarded else args.kl_limit,
-        tensorboard=args.tensorboard,
-    )  # fmt: skip
-    state = training | {"kl": kl_schedule, "queries": query_stream, "reward": reward}
-    state |= {"random": checkpoint.RandomState(sample_rng, shuffle_rng), "log": log}
-    state |= {"guard": kl_guard, "evaluations": evaluations} | ({"human": human} if human else {})
+    training = new_training(args, trained_on, queries, sampling, updates)
+    optimizer, kl_schedule, kl_guard, query_stream, sample_rng, shuffle_rng, evaluations, log = training
+    state = training.state(trained_on)
 
     # a new run, on whose reference samples the scores are standardized, or a stopped one
     first_queries = distributed.shard(query_stream.take(args.reference_samples))
@@ -138,7 +115,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
 
     runtime.print_device(device, dtype)
     print(recipes.summary(args, recipes.PPO, args.policy))
-    if args.kl_guard and not guarded:
+    if args.kl_guard and not is_guarded(args):
         print("the KL guard is off: with --kl-coef 0 there is nothing that it could raise")
     for update in log.updates():
         if human and human.is_due(update):
@@ -200,31 +177,62 @@ def print_memory(args: argparse.Namespace) -> None:
 # what a run is made of
 
 
-class Task(NamedTuple):
-    """Data and models, as fine_tune takes them."""
+class Training(NamedTuple):
+    """What changes from update to update."""
 
-    policy: PolicyWithValue
-    reference: torch.nn.Module
-    prompts: prompting.Texts | prompting.Conversations
-    reward: rewards.Reward
-    judge: gold.Judge | None
-    human: feedback.HumanFeedback | None
-    texts: dict[str, list[str]]  # of every split
-    dtype: torch.dtype  # of matrix products
+    optimizer: optim.Optimizer
+    kl_schedule: ppo.KLSchedule
+    kl_guard: guard.KLGuard
+    query_stream: data.QueryStream
+    sample_rng: torch.Generator  # another one in every process
+    shuffle_rng: torch.Generator  # the same in all of them
+    evaluations: evaluation.Evaluation
+    log: RunLog
+
+    def state(self, trained_on: task.Task) -> dict[str, checkpoint.Stateful]:
+        """What belongs to a checkpoint."""
+        state = weights_and_optimizer(trained_on.policy, self.optimizer) | {
+            "kl": self.kl_schedule, "queries": self.query_stream, "reward": trained_on.reward,
+            "random": checkpoint.RandomState(self.sample_rng, self.shuffle_rng), "log": self.log,
+            "guard": self.kl_guard, "evaluations": self.evaluations,
+        }  # fmt: skip
+        return state | ({"human": trained_on.human} if trained_on.human else {})
 
 
-def load_task(args: argparse.Namespace, device: torch.device, updates: int) -> Task:
-    texts = prompting.load(args.chat, args.data, args.data_config, args.data_revision, args.text_column)
-    reference, model, tokenizer, dtype = load_models(args, device)
-    prompts = prompting.new(args.chat, tokenizer, args.reward_sees)
-    human = new_human(args, device, updates) if rewards.includes_people(args.reward) else None
-    policy = PolicyWithValue(model, args.separate_value, dtype).eval()
-    reward = rewards.load(
-        args.reward, args.missing_stop_score, device, args.precision, human and (human.model, human.tokenizer),
-        prompts.split,
+def new_training(
+    args: argparse.Namespace, trained_on: task.Task, queries: list[str], sampling: Sampling, updates: int
+) -> Training:
+    policy, reference, prompts, reward, judge, _, texts, _ = trained_on
+    measure = functools.partial(
+        evaluation.measure, reference=reference, prompts=prompts, reward=reward, judge=judge, sampling=sampling,
+        queries=evaluation.held_out_queries(prompts, texts, args.query_length) if args.eval_every else [],
+        kl_coef=args.kl_coef, forward_batch=args.forward_batch, seed=args.seed,
     )  # fmt: skip
-    judge = gold.load_judge(args.gold, prompts.readable(texts["valid"]), device, args.precision)
-    return Task(policy, reference, prompts, reward, judge, human, texts, dtype)
+    optimizer = optim.ppo_optimizer(policy, args.lr, muon=args.optimizer == "muon", value_lr=args.value_lr)
+    kl_limit, of_guard = args.kl_limit, is_guarded(args)
+    log = RunLog(
+        Path(args.results) / args.run, updates, args.batch_size, split=prompts.split, judge=judge,
+        part_names=[part.name for part in reward.parts], kl_limit=None if of_guard else kl_limit,
+        tensorboard=args.tensorboard,
+    )  # fmt: skip
+    return Training(
+        optimizer,
+        ppo.KLSchedule(args.kl_coef, args.kl_start, args.target_kl, args.kl_horizon),
+        guard.KLGuard(kl_limit if of_guard else None, weights_and_optimizer(policy, optimizer)),
+        data.QueryStream(queries, args.seed),
+        distributed.generator(args.seed),
+        torch.Generator().manual_seed(args.seed),
+        evaluation.Evaluation(args.eval_every, updates, measure),
+        log,
+    )
+
+
+def is_guarded(args: argparse.Namespace) -> bool:
+    return args.kl_guard and args.kl_coef > 0  # without a KL coefficient there is none to raise
+
+
+def weights_and_optimizer(policy: PolicyWithValue, optimizer: optim.Optimizer) -> dict[str, checkpoint.Stateful]:
+    return {"policy": lora.TrainedWeights(policy), "optimizer": optimizer}
 
 
 class ReferenceSamples(NamedTuple):
@@ -232,40 +240,6 @@ class ReferenceSamples(NamedTuple):
 
     queries: list[str]
     texts: list[str]  # what is seen of them; none where a stopped run has no use for them
-
-
-def load_models(args: argparse.Namespace, device: torch.device) -> tuple:
-    """The reference, what becomes the policy, their tokenizer, and the precision of matrix products."""
-    reference, tokenizer = models.load_policy(args.policy, "--policy", args.chat)
-    tokens = args.query_length + args.response_length
-    models.check_length(reference, tokenizer, tokens, "--query-length and --response-length")
-    if args.batch_size % (args.answers * distributed.world_size()):
-        raise UserError(
-            f"--batch-size {args.batch_size} cannot be divided into --answers {args.answers} to a query"
-            + (f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else "")
-        )
-    dtype = precision.choose(args.precision, device, reference.to(device))
-    model = lora.trained_beside(reference, dtype, args.lora, args.policy)
-    if args.activation_checkpointing:
-        activations.checkpoint_layers(model)
-    return reference, model, tokenizer, dtype
-
-
-def new_human(args: argparse.Namespace, device: torch.device, updates: int) -> feedback.HumanFeedback:
-    """People, or what answers in their place, and the reward model that will learn their answers."""
-    settings = feedback.Settings(
-        kind=args.feedback,
-        labels=args.labels,
-        rounds=args.label_rounds,
-        file=Path(args.feedback_file),
-        metadata={"annotator": args.annotator},
-        epochs=args.reward_epochs,
-        lr=args.reward_lr,
-        muon=args.optimizer == "muon",
-        seed=args.seed,
-    )
-    who = {"annotator_spec": args.annotator, "noise": args.annotator_noise, "gold": args.gold, "on_page": args.page}
-    return feedback.load(args.policy, settings, updates, device, args.precision, **who)
 
 
 def ppo_settings(args: argparse.Namespace) -> ppo.Settings:

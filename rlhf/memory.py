@@ -94,7 +94,7 @@ def estimate(config: PretrainedConfig, rewards: Sequence[PretrainedConfig], sett
 
 
 def _models(config: PretrainedConfig, settings: Settings) -> tuple[nn.Module, PolicyWithValue, torch.dtype, int]:
-    """As `load_models` of finetuning_nlg.py makes them; and the bytes of the model as it is loaded, in float32."""
+    """As `task.load` makes them; and the bytes of the model as it is loaded, in float32."""
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(config).eval()
         loading = _bytes([reference])

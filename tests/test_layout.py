@@ -22,7 +22,7 @@ LAYERS = [  # a module imports from the layers before its own only
     "prompting",
     "rewards",
     "gold human",
-    "run_log evaluation",
+    "run_log evaluation task",
     "outputs",
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
