@@ -61,32 +61,35 @@ def summary(results: Path) -> str:
 def pretrained(results: Path) -> str:
     runs = evaluations(results)
     right = {
-        f"{task}: {name}": load(results / f"pretrained/{task}/{name}_metrics.json")["results"]["test"]["accuracy"]
-        for task in runs.task.unique()
-        for name in ("reward", "judge")
-        if (results / f"pretrained/{task}/{name}_metrics.json").exists()
+        model: load(results / f"pretrained/sentiment/{model}_metrics.json")["results"]["test"]["accuracy"]
+        for model in ("reward", "judge")
     }
     sentiment = runs[runs.task == "sentiment"]
     return section(
         "Does it work with a pretrained model?",
         "SmolLM2-135M, whose weights come in a package, is fine-tuned for one pass on texts of the task; that is the "
         "reference. The reward model is MiniLM. On real text SmolLM2 itself is the judge, from the other half of the "
-        "labels; on the shipped world it is the gold judge. Right on test texts: "
-        + ", ".join(f"{name} {share:.0%}" for name, share in right.items())
-        + ".",
+        f"labels. On SST-2's test sentences the reward model is right on {right['reward']:.0%}, the judge on "
+        f"{right['judge']:.0%}.",
         "The tasks: " + "; ".join(f"*{task}*: {TASKS[task]}" for task in runs.task.unique()) + ".",
+        claim(set(runs.task) == {"sentiment"}, "*ethics* and *world* have not been run with these settings yet."),
         summary(results),
         "![Score against KL: PPO, best-of-n and the optimum](../data_results/pretrained/fig_sentiment.png)",
         "*Perplexity* under the reference and *distinct pairs of words* are relative to the reference's own texts. The "
         "share of the optimum is not known at this KL.",
+        claim(
+            (sentiment.distinct < 0.8).sum() == 1 and len(sentiment) == 3,
+            "The policy repeats itself more: in one run of three the distinct pairs fall to "
+            f"{sentiment.distinct.min():.2f}, below the 0.8 that was asked for.",
+        ),
         claim(
             (sentiment.judge >= 0.9).all() and (sentiment.kl < 4).all() and (sentiment.perplexity < 1.1).all(),
             "On film reviews the judge agrees with the reward model: with each seed it finds at least nine tenths of "
             "the texts positive, at less than 4 nats, and the reference finds them as likely as its own.",
         ),
         claim(
-            (sentiment.kl > 2 * frontier.best_of_n_kl_bound(8)).all(),
-            "It is not cheap: best of 8 has nearly as many at 1.2 nats at most.",
+            (sentiment.kl > 2 * frontier.best_of_n_kl_bound(8)).all() and (sentiment.best_of_8 > 0.9).all(),
+            f"It is not cheap: best of 8 has nine tenths too, at {frontier.best_of_n_kl_bound(8):.1f} nats at most.",
         ),
         "Read one by one, the texts are English, and reviews. They turn a negative opening around (*slow, drab, "
         "somewhat amusing, and really enjoyable*; *extremely unfunny, yet remarkable*), are shorter, and praise in "
@@ -142,7 +145,7 @@ def trials(results: Path) -> str:
         "Means over the last fifth of the updates.",
         claim(
             chosen.ethics > untuned.ethics + 0.1 and chosen.kl < untuned.kl + 0.5,
-            f"The last row has the defaults. Without the pass over SST-2's sentences nearly the same settings end at "
+            "The last row has the defaults. Without the pass over SST-2's sentences nearly the same settings end at "
             f"{untuned.ethics:.2f} and {untuned.kl:.1f} nats instead of {chosen.ethics:.2f} and {chosen.kl:.1f}: as it "
             "comes, SmolLM2 follows the opening of a review with quotation marks, brackets and new lines, and often "
             "does not end. PPO then pays for removing these first.",
