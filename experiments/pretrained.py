@@ -91,7 +91,7 @@ def train_models(args: argparse.Namespace, home: Path) -> tuple[Path, Path, str]
     run(f"experiments.real_data {args.task} --source {args.source} --out {home}/rows")
     run(f"{from_encoder} --data {home}/rows/reward --seed 10")
     run(f"{classify} --model {args.policy} --data {home}/rows/judge --epochs 1 --out {home}/judge --seed 20")
-    run(f"{from_policy} --data {home}/rows/texts --gold none")
+    run(f"{from_policy} --data {home}/rows/continued --gold none")
     return policy, reward, f"--gold {home}/judge"
 
 

@@ -5,8 +5,10 @@
 
 sentiment is SST-2; ethics is the short rows of ETHICS commonsense, with Moral Stories. Writes --out/reward and
 --out/judge, labelled, with half of the training rows each: the judge has seen no label that the reward model learned
-from. Both have the same test rows. --out/texts is for a generator of such texts. --out/queries has texts whose openings
-are queries, and which no model has seen: test sentences of SST-2, situations of Moral Stories.
+from. Both have the same test rows. --out/texts is for a generator of such texts. --out/continued has those of them that
+answer queries, for a generator that is pretrained: sentences of SST-2; situations of Moral Stories, each with one of
+its two actions, drawn at random. --out/queries has texts whose openings are queries, and which no model has seen: test
+sentences of SST-2, situations of Moral Stories.
 """
 
 import json
@@ -36,24 +38,24 @@ def main() -> None:
         raise UserError(f"--out {out} is there already; remove it, or give another")
     for name, rows in zip(("reward", "judge"), halves(splits["train"]), strict=True):
         write(partial / name, splits | {"train": rows}, ["text", "label"])
-    write(
-        partial / "texts",
-        {"train": splits["train"], "valid": pd.concat([splits["valid"], splits["test"]])},
-        ["text"],
-    )
-    queries = pd.concat([splits["valid"], splits["test"]]).query("is_query")
+    for_generator = {"train": splits["train"], "valid": pd.concat([splits["valid"], splits["test"]])}
+    write(partial / "texts", for_generator, ["text"])
+    continued = {name: rows.query("is_continued") for name, rows in for_generator.items()}
+    write(partial / "continued", continued, ["text"])
+    queries = for_generator["valid"].query("is_query")
     write(partial / "queries", dict(zip(("train", "valid"), halves(queries), strict=True)), ["text"])
     partial.rename(out)  # so that --out is complete whenever it exists
 
 
-# the rows of every split: text, label, group, is_query. Rows of one group stay together when rows are halved.
+# the rows of every split: text, label, group, is_query, is_continued. Rows of one group stay together when rows are
+# halved.
 
 
 def sentiment(source: Path | None) -> dict[str, pd.DataFrame]:
     """source: a folder of files, or None for the hub."""
     splits = {name: sst2(source, name) for name in ("train", "valid", "test")}
     for name, rows in splits.items():
-        rows["group"], rows["is_query"] = np.arange(len(rows)), name == "test"
+        rows["group"], rows["is_query"], rows["is_continued"] = np.arange(len(rows)), name == "test", True
     return splits
 
 
@@ -70,20 +72,24 @@ def ethics(source: Path | None) -> dict[str, pd.DataFrame]:
 
     source: a folder of files, or None for the hub.
     """
+    stories = moral_stories(source)
+    drawn = np.random.default_rng(0).integers(2, size=len(stories))
     rows = [
         {
             "text": f"{story['situation']} {story[action]}",
             "label": label,
             "group": f"story {number}",
             "is_query": label == 1,  # once a story
+            "is_continued": label == drawn[number],
         }
-        for number, story in enumerate(moral_stories(source))
+        for number, story in enumerate(stories)
         for action, label in (("moral_action", 1), ("immoral_action", 0))
     ]
     splits = split(pd.DataFrame(rows))
     for name in ("train", "test"):
         cases = commonsense(source, name)
         cases = pd.DataFrame({"text": cases.input, "label": 1 - cases.label, "is_query": False})
+        cases["is_continued"] = False
         cases["group"] = [f"case {i}" for i in cases.index]
         splits[name] = pd.concat([splits[name], cases])
     return splits

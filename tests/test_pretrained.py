@@ -52,7 +52,7 @@ def test_real_texts_have_a_judge_of_other_labels_another_seed_and_another_archit
     assert [flag(reward, "model"), flag(judge, "model")] == [pretrained.ENCODER, pretrained.POLICY]
     assert flag(reward, "data").endswith("rows/reward") and flag(judge, "data").endswith("rows/judge")
     assert flag(reward, "seed") != flag(judge, "seed")
-    assert flag(generator, "model") == pretrained.POLICY and flag(generator, "data").endswith("rows/texts")
+    assert flag(generator, "model") == pretrained.POLICY and flag(generator, "data").endswith("rows/continued")
     for seed, ppo in enumerate((first, second)):
         assert flag(ppo, "policy") == flag(generator, "out")
         assert flag(ppo, "reward") == flag(reward, "out") and flag(ppo, "gold") == flag(judge, "out")

@@ -190,7 +190,17 @@ def test_judge_and_reward_model_share_no_rows(name, tmp_path):
     assert len(set(reward.text) & set(judge.text)) < 0.01 * len(reward)  # a few sentences are there twice
     tests = [pd.read_csv(tmp_path / who / "test.csv") for who in ("reward", "judge")]
     pd.testing.assert_frame_equal(*tests)
-    assert not set(tests[0].text) & set(pd.read_csv(tmp_path / "texts" / "train.csv").text) or name == "sentiment"
+    texts, continued, queries = (
+        set(pd.read_csv(tmp_path / folder / "train.csv").text) for folder in ("texts", "continued", "queries")
+    )
+    assert not set(tests[0].text) & texts or name == "sentiment"
+    assert not queries & texts or name == "sentiment"
+    labels = dict(pd.concat([reward, judge])[["text", "label"]].itertuples(index=False))
+    if name == "ethics":  # one action a story, good ones and bad ones
+        assert len(continued) == pytest.approx(0.8 * 6912, abs=2) and continued < texts
+        assert np.mean([labels[text] for text in continued]) == pytest.approx(0.5, abs=0.02)
+    else:
+        assert continued == texts
 
 
 def test_real_data_that_is_not_there(tmp_path):
