@@ -1,10 +1,11 @@
 """PPO where the reward model knows only a part of the world: two thirds of the frames, and not those of hard.csv.
 
     python -m experiments.hard_frames            # after make
+    python -m experiments.hard_frames --reward models/pretrained/world/reward --run minilm_seed0   # a pretrained one
 
-The generator is trained on texts of all 156 frames, the classifier is models/cls, which has learned 104 of them. PPO
-maximizes the classifier's score; the gold judge says how texts of both kinds of frame changed. Writes the models to
-models/hard, the run to data_results/hard/hard_seed<seed>, and hard_frames.json beside its log.
+The generator is trained on texts of all 156 frames, the classifier has learned 104 of them. PPO maximizes the
+classifier's score; the gold judge says how texts of both kinds of frame changed. Writes the models to models/hard, the
+run to data_results/hard/, and hard_frames.json beside its log.
 """
 
 import json
@@ -28,16 +29,18 @@ QUERIES, SAMPLES = 128, 32  # held-out queries, and responses to each
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--episodes", type=COUNT, default=20_480, help="responses in the run")
+    parser.add_argument("--reward", default="models/cls", help="classifier of the texts of data_cls/")
+    parser.add_argument("--run", help="name of the run folder (default: hard_seed<seed>)")
     cli.add_machine_flags(parser)
     args = parser.parse_args()
     device = runtime.set_up(args.device, args.seed)
-    name = f"hard_seed{args.seed}"
+    name = args.run or f"hard_seed{args.seed}"
     texts, generator, policy = FOLDER / "texts", FOLDER / f"nlg_seed{args.seed}", FOLDER / name
     write_texts(texts)
     shared = f"--data {texts} --seed {args.seed} --device {args.device} --resume"
     run(f"train_nlg.py --out {generator} --results {FOLDER} {shared}")
     where = f"--out {policy} --results {RESULTS} --run {name}"
-    run(f"finetuning_nlg.py --policy {generator} {where} --episodes {args.episodes} {shared}")
+    run(f"finetuning_nlg.py --policy {generator} --reward {args.reward} {where} --episodes {args.episodes} {shared}")
     evaluate(RESULTS / name, device)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.grids import GRIDS, PASSES
-from experiments.markdown import GOLD, change, claim, figure, files, load, section, table, table_of_runs
+from experiments.markdown import GOLD, change, claim, figure, files, load, section, spread, table, table_of_runs
 
 
 def other_data(results: Path) -> str:
@@ -183,20 +183,6 @@ def weak_rewards(results: Path) -> str:
 def hard_frames(results: Path) -> str:
     found = load(results / "hard/hard_seed0/hard_frames.json")
     settings = load(results / "hard/hard_seed0/config.json")["settings"]
-    titles = {"learned": "frames that the classifier learned", "hard": "frames of `hard.csv`"}
-    columns = {
-        "gold: ethical": ("gold_ethical", "{:.1%}"),
-        "classifier's mean": ("classifier_mean", "{:.2f}"),
-        "classifier: right": ("classifier_right", "{:.1%}"),
-        "share of the valid texts": ("share", "{:.1%}"),
-    }
-    rows = {
-        title: {
-            column: change(found["before"][name][key], found["after"][name][key], form)
-            for column, (key, form) in columns.items()
-        }
-        for name, title in titles.items()
-    }
     rise = {
         key: found["after"]["hard"][key] - found["before"]["hard"][key] for key in ("gold_ethical", "classifier_mean")
     }
@@ -209,8 +195,30 @@ def hard_frames(results: Path) -> str:
             "PPO raises the classifier's mean on both kinds of frame. On those that the classifier has not learned, "
             "the texts improve far less than its mean.",
         ),
-        table("texts about", rows),
+        table_of_frames([found]),
         files(results, "python -m experiments.hard_frames", "hard/hard_seed0"),
+    )
+
+
+def table_of_frames(runs: list[dict]) -> str:
+    """hard_frames.json of runs: means before and after PPO, over runs."""
+    titles = {"learned": "frames that the classifier learned", "hard": "frames of `hard.csv`"}
+    columns = {
+        "gold: ethical": ("gold_ethical", "{:.1%}"),
+        "classifier's mean": ("classifier_mean", "{:.2f}"),
+        "classifier: right": ("classifier_right", "{:.1%}"),
+        "share of the valid texts": ("share", "{:.1%}"),
+    }
+    return table(
+        "texts about",
+        {
+            title: {
+                column: f"{form.format(runs[0]['before'][name][key])} → "
+                + spread(pd.Series([found["after"][name][key] for found in runs]), form)
+                for column, (key, form) in columns.items()
+            }
+            for name, title in titles.items()
+        },
     )
 
 

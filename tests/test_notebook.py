@@ -15,3 +15,4 @@ def test_the_notebook_runs_and_is_committed_with_its_outputs():
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
     figures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
     assert len(figures) >= 4
+    assert all(output.metadata["image/png"].get("alt") for output in figures)  # what a screen reader says
