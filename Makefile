@@ -19,7 +19,7 @@ all: .venv/installed
 	$(BIN)/python train_nlg.py --resume
 	$(BIN)/python finetuning_nlg.py --resume
 	$(BIN)/python evaluate_nlg.py --run data_results/$(RUN)
-	PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/jupyter nbconvert --log-level ERROR --KernelManager.transport=ipc --execute --template classic --to html --output-dir data_results Analysis.ipynb
+	PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/jupyter nbconvert --log-level ERROR --KernelManager.transport=ipc --execute --template classic --no-input --to html --output-dir data_results Analysis.ipynb
 	@echo
 	@echo "The fine-tuned policy is in models/nlg_ppo, its run in data_results/$(RUN)."
 	@echo "Look at data_results/fig_K2_lr_1e-3.png and data_results/Analysis.html (Analysis.ipynb, executed)."
