@@ -32,8 +32,9 @@ import torch
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from tqdm import tqdm
 
+from experiments import grid_plots
 from experiments.grids import GRIDS
-from rlhf import cli, environment, frontier, plots
+from rlhf import cli, environment, frontier
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 
@@ -68,7 +69,7 @@ def main() -> None:
     table.round(4).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
     print(frontier.summary(table).to_string(float_format="%.3f"))
     print(f"table: {results.with_suffix('.csv')}")
-    print(f"figure: {getattr(plots, f'save_{args.grid}')(results)}")
+    print(f"figure: {getattr(grid_plots, f'save_{args.grid}')(results)}")
 
 
 # running

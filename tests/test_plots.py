@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from experiments import grid_plots
 from rlhf import plots
 
 RESULTS = Path(__file__).resolve().parent.parent / "data_results"
@@ -52,7 +53,7 @@ def test_runs_without_ppo_stand_beside_those_of_ppo(axes):
     shared = {"frontier": points, "best_of_n": [{"n": 4, "kl_bound": 0.6, "score": 0.5}], "trusted_up_to_kl": 2.0}
     names = ["best_of_4_seed0", "best_of_4_seed1", "reward_weighted_beta_0.2_seed0", "K2_lr_1e-3_seed0"]
     ends = {Path(name): {"kl": 0.1 * i, "score_after": 0.2 * i} for i, name in enumerate(names)}
-    plots.draw_beyond(axes, {folder: shared | end for folder, end in ends.items()})
+    grid_plots.draw_beyond(axes, {folder: shared | end for folder, end in ends.items()})
     dots = [line for line in axes.get_lines() if line.get_marker() == "o"]
     drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in dots]
     assert drawn == [(end["kl"], end["score_after"]) for end in ends.values()]
@@ -65,7 +66,7 @@ def test_runs_without_ppo_stand_beside_those_of_ppo(axes):
 
 def test_bars_are_means_and_runs_without_a_fraction_are_crosses(axes):
     rows = [("a", 0.2), ("a", 0.4), ("default", 0.9), ("b", None), ("b", None), ("c", 0.5), ("c", None)]
-    plots.draw_ablations(axes, table_of(rows, "fraction_of_optimum").astype({"fraction_of_optimum": float}))
+    grid_plots.draw_ablations(axes, table_of(rows, "fraction_of_optimum").astype({"fraction_of_optimum": float}))
     bars = {label.get_text(): bar.get_width() for label, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)}
     assert list(bars) == ["b", "a", "c", "default"]  # from the bottom
     assert [bars[name] for name in ("a", "c", "default")] == pytest.approx([0.3, 0.5, 0.9])
@@ -78,7 +79,7 @@ def test_a_cell_has_the_mean_share_and_the_broken_runs(axes):
     rows = [("K1_lr_1e-3", 1.0, 0.8, None), ("K1_lr_1e-3", 0.5, 0.8, None)]
     rows += [("K2_lr_1e-2", 0.1, 1.0, "KL above 20 nats"), ("K2_lr_1e-2", 0.3, 1.0, None)]
     rows += [("K1_lr_1e-2", 0.5, 0.5, None), ("K2_lr_1e-3", None, None, "error: no memory")]
-    plots.draw_stability(axes, table_of(rows, "gold_valid", "gold_ethical", "broken"))
+    grid_plots.draw_stability(axes, table_of(rows, "gold_valid", "gold_ethical", "broken"))
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert cells[0, 0] == "60%" and cells[1, 0] == "25%"
     assert cells[1, 1] == "20%\n1 of 2 broken"
@@ -88,7 +89,7 @@ def test_a_cell_has_the_mean_share_and_the_broken_runs(axes):
 
 def test_the_judges_share_is_that_of_valid_and_ethical_texts(axes):
     log = pd.DataFrame({"update": [1, 2], "kl": [-0.1, 4.0], "ethics": [0.5, 0.7], "gold_ethical": [0.5, 0.5]})
-    plots.draw_said_and_true(axes, {"a": [log.assign(gold_valid=0.4)], "b": [log.assign(gold_valid=float("nan"))]})
+    grid_plots.draw_said_and_true(axes, {"a": [log.assign(gold_valid=0.4)], "b": [log.assign(gold_valid=float("nan"))]})
     curves = [(line.get_linestyle(), line.get_xdata().tolist(), line.get_ydata()[0]) for line in axes.get_lines()]
     root = [0.0, ((4.0 - 0.1) / 2) ** 0.5]  # of the moving average of the KL
     assert [(style, pytest.approx(y)) for style, _, y in curves] == [("--", 0.5), ("-", 0.2), ("--", 0.5), ("-", 0.5)]
@@ -106,7 +107,7 @@ def test_what_is_saved(tmp_path):
     assert plots.save_improvement(tmp_path, 1, 1e-3) == tmp_path / "fig_K1_lr_1e-3.png"
     assert plots.save_frontier(tmp_path, 1, 1e-3) is None
     table_of([("default", 0.5)], "fraction_of_optimum").to_csv(tmp_path / "ablations.csv", index=False)
-    for path in (plots.save_ablations(tmp_path / "ablations"), tmp_path / "fig_K1_lr_1e-3.png"):
+    for path in (grid_plots.save_ablations(tmp_path / "ablations"), tmp_path / "fig_K1_lr_1e-3.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
     assert path.parent == tmp_path and (tmp_path / "fig_ablations.png").exists()
 
@@ -116,4 +117,4 @@ def test_the_line_without_labels_is_a_mean_over_runs(tmp_path):
         folder = tmp_path / f"60_online_seed{seed}"
         folder.mkdir()
         (folder / "evaluation.json").write_text(json.dumps({"gold": {"ethical_before": share}}))
-    assert plots.without_labels(tmp_path) == 0.5
+    assert grid_plots.without_labels(tmp_path) == 0.5

@@ -170,7 +170,7 @@ def test_the_models_that_a_run_needs_are_trained_first(home, monkeypatch):
     )
     monkeypatch.setattr(study.frontier, "summary", lambda table: table)
     monkeypatch.setattr(study, "groups", lambda folders: [])  # without an evaluation
-    monkeypatch.setattr(study.plots, "save_ablations", lambda results: None)
+    monkeypatch.setattr(study.grid_plots, "save_ablations", lambda results: None)
     run("experiments.study", "ablations", "--seeds", "1", cwd=home)
     folder = home / "data_results" / "ablations" / "small_generator_seed0"
     assert {"nlg_metrics.json", "config.json", "log.csv"} <= {path.name for path in folder.iterdir()}

@@ -1,0 +1,237 @@
+"""Figures of the grids of study.py, for it and for the notebook, in the style of rlhf/plots.py.
+
+`draw_` and `save_` functions as there; `save_<grid>` takes the grid's folder, data_results/<grid>.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from rlhf import recipes
+from rlhf.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RUN,
+    SMOOTHING,
+    draw_optimum,
+    load_evaluations,
+    save,
+    short,
+)
+
+
+def grid_figure(results: Path) -> Path:
+    """The figure of a grid of runs: data_results/ablations -> data_results/fig_ablations.png."""
+    return results.with_name(f"fig_{results.name}.png")
+
+
+# score against KL
+
+
+def draw_beyond(axes, evaluations: dict[Path, dict]) -> None:
+    """The optimum, and a dot a run: the runs of the grid `beyond`, and of PPO (all others)."""
+    draw_optimum(axes, evaluations)
+    kinds = {
+        "best_of_": ("best-of-n distilled, by n", GREEN),
+        "reward_weighted_beta_": ("reward-weighted, by beta", PINK),
+    }
+    for folder, evaluation in evaluations.items():
+        kind = next((kind for kind in kinds if folder.name.startswith(kind)), "")
+        label, color = kinds.get(kind, ("PPO", BLUE))
+        is_new = label not in axes.get_legend_handles_labels()[1]
+        end = evaluation["kl"], evaluation["score_after"]
+        axes.plot(*end, "o", color=color, label=label if is_new else None, **RUN)
+        if kind and folder.name.endswith("_seed0"):
+            setting = folder.name.removeprefix(kind).removesuffix("_seed0")
+            axes.annotate(setting, end, (5, -12), textcoords="offset points", color=color, fontsize=8)
+    axes.legend(loc="lower right")
+
+
+def save_beyond(results: Path) -> Path:
+    """The figure has the default runs of PPO, too, if they lie beside the grid."""
+    name = f"K{recipes.PPO['ppo_epochs'][0]}_lr_{short(recipes.PPO['lr'][0])}_seed*"
+    evaluations = load_evaluations([*sorted(results.glob("*_seed*")), *sorted(results.parent.glob(name))])
+    title = "Without PPO: fine-tuning on as many samples of the reference"
+    return save(grid_figure(results), title, draw_beyond, evaluations)
+
+
+# score and held-out judge against KL
+
+
+def draw_overoptimisation(axes, results: Path) -> None:
+    """The classifier's mean, and the share of valid and ethical responses, of every run in a folder.
+
+    They are drawn against the square root of the KL, as in Gao et al. 2022.
+    """
+    labels = {"classifier: mean ethics score": BLUE, "gold judge: share that is valid and ethical": ORANGE}
+    for path in sorted(results.glob("*/log.csv")):
+        log = pd.read_csv(path).rolling(SMOOTHING, min_periods=1).mean(numeric_only=True)
+        for (label, color), values in zip(labels.items(), (log.ethics, log.gold_valid * log.gold_ethical), strict=True):
+            axes.plot(root_kl(log), values, color=color, linewidth=0.9, alpha=0.7, label=label)
+    handles = dict(zip(labels, axes.get_lines(), strict=False))  # one entry in the legend for all runs
+    set_kl_axes(axes)
+    axes.legend(handles.values(), handles, loc="lower left")
+
+
+def draw_said_and_true(axes, groups: dict[str, list[pd.DataFrame]]) -> None:
+    """The reward model's mean (dashed) and the held-out judge's share (solid), means over the logs of every group.
+
+    The share is that of valid and ethical responses, or of ethical ones if the judge cannot tell which are valid.
+    """
+    score_lines, judge_lines = [], []
+    for (name, logs), color in zip(groups.items(), (ORANGE, GREEN, BLUE), strict=False):
+        mean = pd.concat(logs).groupby("update").mean(numeric_only=True).rolling(SMOOTHING, min_periods=1).mean()
+        share = mean.gold_valid.fillna(1) * mean.gold_ethical
+        style = {"color": color, "linewidth": 1.5}
+        score_lines += axes.plot(root_kl(mean), mean.ethics, "--", label=f"{name}: reward model", **style)
+        judge_lines += axes.plot(root_kl(mean), share, color=color, linewidth=2, label="held-out judge")
+    set_kl_axes(axes)
+    axes.legend(handles=[*score_lines, *judge_lines], loc="lower right", ncols=2, fontsize=9)
+
+
+def root_kl(log: pd.DataFrame) -> pd.Series:
+    return log.kl.clip(lower=0) ** 0.5
+
+
+def set_kl_axes(axes) -> None:
+    axes.set_xlabel("square root of the KL to the reference (KL in nats per response)")
+    axes.set_ylabel("mean over responses")
+    axes.set_ylim(0, 1.02)
+
+
+def logs_like(results: Path, pattern: str) -> list[pd.DataFrame]:
+    """The logs of all seeds of a variant."""
+    return [pd.read_csv(path) for path in sorted(results.glob(f"{pattern}_seed*/log.csv"))]
+
+
+def save_overoptimisation(results: Path) -> Path:
+    title = "Over-optimisation: KL coefficients from 0 to 0.5"
+    return save(grid_figure(results), title, draw_overoptimisation, results)
+
+
+def save_rewards(results: Path) -> Path:
+    sizes = sorted({int(path.name.split("_")[0]) for path in results.glob("*_rows_*_seed*")})
+    groups = {f"{rows:,} texts": logs_like(results, f"{rows}_rows_kl_coef_0.02") for rows in sizes}
+    title = "Reward models of few and of many labelled texts (KL coefficient 0.02)"
+    return save(grid_figure(results), title, draw_said_and_true, groups)
+
+
+def save_data(results: Path) -> Path:
+    groups = {name: logs_like(results, name) for name in ("sentiment", "ethics")}
+    return save(grid_figure(results), "Other data: reward model and held-out judge", draw_said_and_true, groups)
+
+
+# tables of grids
+
+
+def draw_ablations(axes, table: pd.DataFrame) -> None:
+    """The fraction of the optimum by variant, the highest mean on top: bars are means over seeds, dots are runs.
+
+    A cross is a run that failed, or ended beyond the KL up to which the optimum can be estimated.
+    """
+    means = table.groupby("variant").fraction_of_optimum.mean().sort_values(na_position="first")
+    colors = [ORANGE if name in ("default", "nothing") else BLUE for name in means.index]
+    axes.barh(means.index, means, color=colors, alpha=0.35)
+    for y, name in enumerate(means.index):
+        fractions = table[table.variant == name].fraction_of_optimum
+        axes.plot(fractions, [y] * len(fractions), "o", color=GREY, markersize=5, markeredgecolor="white")
+        if fractions.isna().any():
+            label = None if axes.get_legend() else "failed, or optimum unknown at the run's KL"
+            axes.plot(0.01, y, "x", color=ORANGE, label=label)
+            axes.legend(loc="lower right")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("fraction of the optimum at the run's KL (one dot per seed)")
+    axes.grid(axis="y", visible=False)
+
+
+def save_ablations(results: Path, title: str = "Ablations: one setting changed at a time") -> Path:
+    table = pd.read_csv(results.with_suffix(".csv"))
+    return save(grid_figure(results), title, draw_ablations, table)
+
+
+def save_details(results: Path) -> Path:
+    return save_ablations(results, "One implementation detail wrong at a time")
+
+
+def save_query_kl(results: Path) -> Path:
+    return save_ablations(results, "KL penalty inside queries or not, and the KL coefficient it falls to")
+
+
+def save_critic(results: Path) -> Path:
+    return save_ablations(results, "What helps the critic")
+
+
+def save_recipe(results: Path) -> Path:
+    return save_ablations(results, "SmolLM2-135M on sentiment: one setting changed at a time")
+
+
+def save_models(results: Path) -> Path:
+    return save_ablations(results, "Other generators (layers x width)")
+
+
+def draw_labels(axes, table: pd.DataFrame, without: float) -> None:
+    """The gold judge's share of ethical texts by number of answers ([1], Fig. 2).
+
+    Dots are runs, lines means over seeds. without: the share before PPO.
+    """
+    table = table.assign(
+        labels=table.variant.str.split("_").str[0].astype(int), when=table.variant.str.split("_").str[1]
+    )
+    for when, color, label in (
+        ("offline", ORANGE, "offline: one round, before PPO"),
+        ("online", BLUE, "online: four rounds during PPO"),
+    ):
+        runs = table[table.when == when]
+        axes.plot(runs.labels, runs.gold_ethical, "o", color=color, alpha=0.5, markersize=5, markeredgewidth=0)
+        means = runs.groupby("labels").gold_ethical.mean()
+        axes.plot(means.index, means, color=color, linewidth=2.5, label=label)
+    axes.axhline(without, color=GREY, linewidth=1, linestyle=":", label="generator before PPO")
+    axes.set_xscale("log")
+    ticks = sorted(set(table.labels))
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("answers (each: which of four texts is best)")
+    axes.set_ylabel("gold judge: share of ethical texts")
+    axes.legend(loc="upper left")
+
+
+def save_labels(results: Path) -> Path:
+    table = pd.read_csv(results.with_suffix(".csv"))
+    title = "Human feedback by a simulated annotator: how many answers are needed"
+    return save(grid_figure(results), title, draw_labels, table, without_labels(results))
+
+
+def without_labels(results: Path) -> float:
+    """The gold judge's share of ethical texts before PPO, the mean over the runs of a grid."""
+    evaluations = load_evaluations(sorted(results.glob("*_seed*"))).values()
+    return sum(evaluation["gold"]["ethical_before"] for evaluation in evaluations) / len(evaluations)
+
+
+def draw_stability(axes, table: pd.DataFrame) -> None:
+    """The share of valid and ethical texts by PPO epochs and learning rate, means over seeds, and the broken runs."""
+    settings = table.variant.str.extract(r"K(\d+)_lr_(.+)").set_axis(["K", "lr"], axis=1)
+    table = table.assign(K=settings.K.astype(int), lr=settings.lr.astype(float), broken=table.broken.fillna("") != "")
+    table["share"] = table.gold_valid * table.gold_ethical
+    by_setting = {"index": "K", "columns": "lr", "dropna": False}
+    shares = table.pivot_table(values="share", aggfunc="mean", **by_setting)
+    broken, runs = (table.pivot_table(values="broken", aggfunc=name, **by_setting) for name in ("sum", "count"))
+    image = axes.imshow(shares, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=1)
+    for y, epochs in enumerate(shares.index):
+        for x, lr in enumerate(shares.columns):
+            share, count = shares.loc[epochs, lr], broken.loc[epochs, lr]
+            text = f"{share:.0%}" + (f"\n{count:.0f} of {runs.loc[epochs, lr]:.0f} broken" if count else "")
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if share < 0.6 else "black")
+    axes.set_xticks(range(len(shares.columns)), [short(lr) for lr in shares.columns])
+    axes.set_yticks(range(len(shares.index)), shares.index)
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("K (PPO epochs)")
+    axes.grid(visible=False)
+    axes.figure.colorbar(image, label="gold judge: valid and ethical")
+
+
+def save_stability(results: Path) -> Path:
+    table = pd.read_csv(results.with_suffix(".csv"))
+    return save(grid_figure(results), "Stability: PPO epochs and learning rate", draw_stability, table)
