@@ -9,13 +9,16 @@ import pandas as pd
 
 from rlhf import recipes
 from rlhf.plots import (
+    BLACK,
     BLUE,
     GREEN,
     GREY,
     ORANGE,
     PINK,
     RUN,
+    SKY,
     SMOOTHING,
+    YELLOW,
     draw_optimum,
     load_evaluations,
     save,
@@ -31,31 +34,36 @@ def grid_figure(results: Path) -> Path:
 # score against KL
 
 
+METHODS = {  # what a run's name begins with -> its label and colour; of PPO are all others
+    "best_of_": ("best-of-n distilled, by n", GREEN),
+    "reward_weighted_beta_": ("reward-weighted, by beta", PINK),
+    "grpo_": ("TRL: GRPO", SKY),
+    "rloo_": ("TRL: RLOO", YELLOW),
+    "dpo_": ("TRL: DPO", BLACK),
+}
+
+
 def draw_beyond(axes, evaluations: dict[Path, dict]) -> None:
-    """The optimum, and a dot a run: the runs of the grid `beyond`, and of PPO (all others)."""
+    """The optimum, and a dot a run: the runs of the grid `beyond`, of TRL, and of PPO."""
     draw_optimum(axes, evaluations)
-    kinds = {
-        "best_of_": ("best-of-n distilled, by n", GREEN),
-        "reward_weighted_beta_": ("reward-weighted, by beta", PINK),
-    }
     for folder, evaluation in evaluations.items():
-        kind = next((kind for kind in kinds if folder.name.startswith(kind)), "")
-        label, color = kinds.get(kind, ("PPO", BLUE))
+        method = next((method for method in METHODS if folder.name.startswith(method)), "")
+        label, color = METHODS.get(method, ("PPO", BLUE))
         is_new = label not in axes.get_legend_handles_labels()[1]
         end = evaluation["kl"], evaluation["score_after"]
         axes.plot(*end, "o", color=color, label=label if is_new else None, **RUN)
-        if kind and folder.name.endswith("_seed0"):
-            setting = folder.name.removeprefix(kind).removesuffix("_seed0")
+        if ", by " in label and folder.name.endswith("_seed0"):
+            setting = folder.name.removeprefix(method).removesuffix("_seed0")
             axes.annotate(setting, end, (5, -12), textcoords="offset points", color=color, fontsize=8)
     axes.legend(loc="lower right")
 
 
 def save_beyond(results: Path) -> Path:
-    """The figure has the default runs of PPO, too, if they lie beside the grid."""
+    """The figure has the default runs of PPO and those of TRL, too, if they lie beside the grid."""
     name = f"K{recipes.PPO['ppo_epochs'][0]}_lr_{short(recipes.PPO['lr'][0])}_seed*"
-    evaluations = load_evaluations([*sorted(results.glob("*_seed*")), *sorted(results.parent.glob(name))])
-    title = "Without PPO: fine-tuning on as many samples of the reference"
-    return save(grid_figure(results), title, draw_beyond, evaluations)
+    folders = [*results.glob("*_seed*"), *results.parent.glob(name), *results.parent.glob("peers/*_seed*")]
+    title = "Score and KL of each method, with the same number of sampled texts"
+    return save(grid_figure(results), title, draw_beyond, load_evaluations(sorted(folders)))
 
 
 # score and held-out judge against KL
