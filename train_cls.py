@@ -1,11 +1,12 @@
 """Fit the reward model: an ethics classifier, or a model of preferences.
 
     python train_cls.py                         # a small GPT-2 from scratch: language modelling, then labels
-    python train_cls.py --model models/nlg      # from the generator, as [1] does it
+    python train_cls.py --model models/nlg      # from the generator, as Ziegler et al. do it
     python train_cls.py --model roberta-base --data ethics.csv --text-column input --positive-label 0
 
 Data: columns text,label with 1 = positive feedback (ethical); or comparisons: chosen,rejected (and prompt), or
-query,sample0,...,sampleN,best, from which a model with one output learns ([1], equation 1). Writes to --out the weights
+query,sample0,...,sampleN,best, from which a model with one output learns (Ziegler et al. 2019,
+equation 1). Writes to --out the weights
 of the epoch with the fewest errors on the validation rows, the tokenizer, a model card and metrics.json.
 """
 

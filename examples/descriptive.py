@@ -1,6 +1,6 @@
 """A style, in the spirit of the descriptiveness of Ziegler et al. 2019: texts that say what things are like.
 
-    python finetuning_nlg.py --reward models/cls --reward 0.5*examples/descriptive.py:score
+    python finetuning_nlg.py --reward models/cls --reward '0.5*examples/descriptive.py:score'
 
 The score is the share of a text's words that tell of senses, size, age, place or mood. A word counts once, so that
 saying "old" over and over gains nothing: a reward by rule is fooled the moment that it pays for repetition.

@@ -1,6 +1,6 @@
 """A length target: the score is highest for responses of TARGET words, and falls by one for each word more or less.
 
-python finetuning_nlg.py --reward models/cls --reward 0.5*examples/length.py:score
+python finetuning_nlg.py --reward models/cls --reward '0.5*examples/length.py:score'
 """
 
 TARGET = 12

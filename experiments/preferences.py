@@ -1,6 +1,6 @@
 """Models of preferences (train_cls.py with comparisons): people's, and the gold judge's.
 
-    python -m experiments.preferences utilitarianism --source ../shared/data   # ETHICS: which of two lives is better
+    python -m experiments.preferences utilitarianism --source FOLDER   # ETHICS: which of two lives is better
     python -m experiments.preferences shipped     # the best of four texts of models/nlg, by the gold judge
 
 Writes the comparisons to models/preferences/<name>/rows, the model beside them, and its results on held-out comparisons
@@ -36,9 +36,11 @@ FLAGS = {  # people's answers have noise, and so have the judge's between equals
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("name", choices=FLAGS, help="the comparisons to learn from")
-    parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files")
+    parser.add_argument("--source", help="of utilitarianism: folder of the downloaded files")
     parser.add_argument("--comparisons", type=cli.COUNT, default=4000, help="training comparisons of the gold judge")
     args = parser.parse_args()
+    if args.name == "utilitarianism" and not args.source:
+        raise UserError("utilitarianism is read from files: give their folder with --source")
     rows = Path("models/preferences") / args.name / "rows"
     rows.mkdir(parents=True, exist_ok=True)
     if args.name == "shipped":

@@ -1,8 +1,8 @@
 """PPO on pretrained weights: a language model of 135M writes, an encoder of 22M is the reward, another model judges.
 
-    make pretrained                                             # the shipped world
-    make pretrained TASK=sentiment DATA=../shared/data          # SST-2; DATA=hub takes it from the hub
-    make pretrained TASK=ethics DATA=../shared/data             # Moral Stories and ETHICS
+    make pretrained                               # the shipped world
+    make pretrained TASK=sentiment                # SST-2 from the hub; DATA=FOLDER for downloaded files
+    make pretrained TASK=ethics                   # Moral Stories and ETHICS
     python -m experiments.pretrained ethics --source hub --policy gpt2 --encoder roberta-base      # make gpt2
 
 The weights are those of the packages in requirements-pretrained.txt, or of folders or hub names that are given. Reward

@@ -1,6 +1,6 @@
 """Real texts in the project's own formats, for the grid `data` of study.py and for pretrained.py.
 
-    python -m experiments.real_data sentiment --source ../shared/data --out models/data/inputs/sentiment/rows
+    python -m experiments.real_data sentiment --source FOLDER --out models/data/inputs/sentiment/rows
     python -m experiments.real_data ethics --source hub --out models/data/inputs/ethics/rows
 
 sentiment is SST-2; ethics is the short rows of ETHICS commonsense, with Moral Stories. Writes --out/reward and
@@ -26,7 +26,7 @@ LONG = 500  # characters; the longest short row of ETHICS has fewer
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("name", choices=SOURCES, help="the data")
-    parser.add_argument("--source", default="../shared/data", help="folder of the downloaded files, or hub")
+    parser.add_argument("--source", default="hub", help="folder of downloaded files, or hub")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
     try:

@@ -41,9 +41,11 @@ How to read the tables:
   beyond the range in which the optimum can be estimated. [metrics.md](metrics.md) has all formulas.
 - Several seeds: the mean, and in brackets the lowest and the highest run.
 
-The grids (from the ablations on, but for the full-length runs) were run around the default of that time: one pass over
-a batch (K = 1), queries from valid.txt only, no KL penalty inside the queries, a KL coefficient that falls from 0.6 to
-0.15, and a classifier that starts as the generator. Their *default* is that one.
+The grids from the ablations on, but for the full-length runs, those of the critic and those of other methods, were run
+around the default of that time: one pass over a batch (K = 1), queries from valid.txt only, no KL penalty inside the
+queries, a KL coefficient that falls from 0.6 to 0.15, and a classifier that starts as the generator. Their *default* is
+that one; to repeat them exactly, check out the commit in their `config.json`. A commit that ends in `-dirty` had
+changes that were not committed.
 
 All runs are on two CPU cores, and on the shipped texts unless the section says otherwise. Speed is in
 [benchmarks/RESULTS.md](../benchmarks/RESULTS.md); killed runs, broken input and precision are in
@@ -124,10 +126,9 @@ def headline(results: Path) -> str:
     ours, theirs = peers.iloc[0], peers.minutes.iloc[1:]
     took = (
         f"PPO took {everywhere.minutes.min():.1f} minutes on two quiet cores, and up to {everywhere.minutes.max():.1f} "
-        "without vector instructions or beside other programs. TRL's runs, one seed each "
-        "and tuned no further than the table shows, had the models and queries of an earlier default, "
+        "without vector instructions or beside other programs. TRL's runs, one seed each, had the models and queries of an earlier default, "
         f"with which this code ended at {ours.fraction_of_optimum:.1%} after {ours.minutes:.1f} minutes; they took "
-        f"{theirs.min():.1f} and {theirs.max():.1f} minutes."
+        f"{theirs.iloc[0]:.1f} minutes with its defaults and {theirs.iloc[1]:.1f} with the settings of this code."
     )
     return f"{table('', rows)}\n\n{wrapped(took)}"
 

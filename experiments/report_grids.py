@@ -117,7 +117,7 @@ def details(results: Path) -> str:
             share.positions < 0.25,
             f"Wrong positions keep {share.positions:.0%} of the optimum, right ones {share.nothing:.0%}.",
         ),
-        claim(share.value_head < share.nothing - 0.03, f"A random value head costs a little ({share.value_head:.0%})."),
+        claim(share.value_head < share.nothing - 0.03, f"A random value head: {share.value_head:.0%}."),
         claim(
             kl.score > 2 * kl.nothing and kl.temperature > 1.2 * kl.nothing,
             "A score that is not standardized, or log-probabilities that ignore the temperature, change the scale of "
@@ -126,7 +126,7 @@ def details(results: Path) -> str:
         ),
         claim(
             (share[["advantages", "adam_eps"]] - share.nothing).abs().max() < 0.03,
-            "Whitening and Adam's eps make no difference that three seeds would show.",
+            "Whitening and Adam's eps change it by less than three points.",
         ),
         table_of_runs("detail", runs, DETAILS, ["fraction_of_optimum", *GOLD]),
         figure("details", "Share of the optimum by detail, a dot a seed, a cross a broken run"),

@@ -70,9 +70,9 @@ def labels(results: Path) -> str:
         "In this world no word tells right from wrong, and a comparison of four texts says little about each.",
         claim(
             np.abs(offline.to_numpy() - online.to_numpy())[:3].max() < 0.07 and online.iloc[3] < offline.iloc[3],
-            "*Online*, the questions come in four rounds about what the policy then writes. This makes no clear "
-            f"difference up to 1,000 answers, and ends lower with 4,000 ({online.iloc[3]:.1%}): for most of the run "
-            "the reward model knows fewer of them.",
+            "*Online*, the questions come in four rounds about what the policy then writes. This changes the "
+            "share by less than seven points up to 1,000 answers, and ends lower with 4,000 "
+            f"({online.iloc[3]:.1%}): for most of the run the reward model knows fewer of them.",
         ),
         claim(
             rise.min() > 0, f"The reward model's own mean rises in every run, by {rise.min():.2f} to {rise.max():.2f}."

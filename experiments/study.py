@@ -11,7 +11,7 @@
     python -m experiments.study critic                 # the critic first, and with a learning rate of its own
     python -m experiments.study beyond                 # best-of-n distilled and reward-weighted fine-tuning, no PPO
     python -m experiments.study recipe --seeds 1       # settings for pretrained models
-    python -m experiments.study data                   # sentiment and ethics, from the files of --source
+    python -m experiments.study data                   # sentiment and ethics, from the hub, or files of --source
     python -m experiments.study ablations --cluster slurm --partition gpu
 
 A run's folder is data_results/<grid>/<variant>_seed<seed>. The results of all runs, failed ones included, are in
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="variants to run (default: all)")
     parser.add_argument("--seeds", type=COUNT, default=3, help="number of seeds of every variant: 0, 1, ...")
     parser.add_argument("--episodes", type=COUNT, help="responses in a run (default: as the grid says)")
-    parser.add_argument("--source", default="../shared/data", help="folder of the files that the grid `data` reads")
+    parser.add_argument("--source", default="hub", help="of the grid `data`: a folder of downloaded files, or hub")
     parser.add_argument("--retry", action="store_true", help="run failed runs again, too")
     parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where to run")
     parser.add_argument("--partition", help="partition of the SLURM cluster")

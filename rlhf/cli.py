@@ -77,7 +77,7 @@ POSITIVE, FRACTION = number(float, above=0), number(float, 0, 1)
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA when there is one")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
     group.add_argument(
         "--precision",
         choices=precision.PRECISIONS,
@@ -91,7 +91,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 def add_data_flags(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default=default, help="folder of this form, a file, or a hub dataset")
+    group.add_argument("--data", default=default, help="folder, file or hub dataset (docs/adding.md)")
     group.add_argument("--data-config", help="configuration (subset) of a hub dataset")
     group.add_argument("--data-revision", help="branch or commit of a hub dataset, such as refs/convert/parquet")
     group.add_argument(
@@ -238,7 +238,7 @@ def add_kl_flags(group: argparse._ArgumentGroup) -> None:
         "--kl",
         choices=("exact", "sampled"),
         default="exact",
-        help="exact: over the vocabulary; sampled: of the sampled token, as in [3]",
+        help="exact: over the vocabulary; sampled: of the sampled token, as lm-human-preferences has it",
     )
     group.add_argument(
         "--query-kl",
@@ -246,7 +246,7 @@ def add_kl_flags(group: argparse._ArgumentGroup) -> None:
         help=ppo_recipe("query_kl", "penalise the exact KL inside queries too, where a shorter query could have ended"),
     )
     group.add_argument("--target-kl", type=POSITIVE, help="adapt the coefficient to this KL, in nats a response")
-    group.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="of that adaptation, in episodes")
+    group.add_argument("--kl-horizon", type=POSITIVE, default=10_000, help="episodes over which --target-kl adapts")
     group.add_argument("--kl-limit", type=POSITIVE, default=20.0, help="a KL that is too high, in nats a response")
     guard_help = "above --kl-limit raise the coefficient, then go back, then stop; otherwise only warn"
     group.add_argument("--kl-guard", action=argparse.BooleanOptionalAction, default=True, help=guard_help)
@@ -258,10 +258,10 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
     group.add_argument("--ppo-epochs", type=COUNT, help=ppo_recipe("ppo_epochs", "K, passes over a batch"))
     group.add_argument("--lr", type=POSITIVE, help=ppo_recipe("lr", "learning rate, falling to 0"))
-    optimizer_help = "adam, with at most a third of muon's learning rate, is that of [3]"
+    optimizer_help = "adam, with at most a third of muon's learning rate, is that of lm-human-preferences"
     group.add_argument("--optimizer", choices=("muon", "adam"), help=ppo_recipe("optimizer", optimizer_help))
-    group.add_argument("--clip-range", type=POSITIVE, default=0.2, help="of the probability ratio")
-    group.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="of the value")
+    group.add_argument("--clip-range", type=POSITIVE, default=0.2, help="how far from 1 a ratio may go")
+    group.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="how far from the old value one may go")
     group.add_argument("--value-coef", type=number(float, 0), help=ppo_recipe("value_coef", "weight of the value loss"))
     group.add_argument("--value-lr", type=POSITIVE, help="learning rate of the critic alone (default: --lr)")
     group.add_argument(
@@ -272,10 +272,10 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help=ppo_recipe("leave_one_out", "no critic: a value is the mean return of the other --answers to a query"),
     )
-    group.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in [3]")
+    group.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in 2019")
     group.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
     group.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
-    group.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; saves memory")
+    group.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; fewer save memory")
 
 
 def add_evaluation_flags(group: argparse._ArgumentGroup) -> None:
@@ -297,7 +297,7 @@ def add_human_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--annotator", help="what answers in a person's place: gold, classifier:FOLDER, or FILE.py:FUNCTION"
     )
-    group.add_argument("--annotator-noise", type=FRACTION, default=0.0, help="how often it answers at random")
+    group.add_argument("--annotator-noise", type=FRACTION, default=0.0, help="fraction of its answers that are random")
     group.add_argument("--reward-epochs", type=COUNT, default=8, help="passes over the answers in every round")
     group.add_argument("--reward-lr", type=POSITIVE, default=1e-3, help="peak learning rate of these passes")
 

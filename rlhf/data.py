@@ -40,7 +40,7 @@ def load_splits(source: str, config: str | None = None, revision: str | None = N
             file.stem: file for file in sorted(path.iterdir()) if file.suffix in FORMATS and file.stem != "feedback"
         }
         if not files:
-            raise UserError(f"{source} holds no train.csv, train.txt or the like; see the README on --data")
+            raise UserError(f"{source} holds no train.csv, train.txt or the like; see docs/adding.md, Data")
     elif path.is_file():
         files = {"train": path}
     elif path.suffix in FORMATS or source.startswith((".", "/")):
@@ -54,7 +54,7 @@ def _named(source: str, splits: dict[str, datasets.Dataset]) -> dict[str, datase
     """The splits under the names that this project uses. One must be "train"."""
     splits = {SPLIT_NAMES.get(name, name): rows for name, rows in splits.items()}
     if "train" not in splits:
-        raise UserError(f"{source} has no split called train, only {', '.join(splits)}; see the README on --data")
+        raise UserError(f"{source} has no split called train, only {', '.join(splits)}; see docs/adding.md, Data")
     return splits
 
 
@@ -106,7 +106,8 @@ def _hub_dataset(name: str, config: str | None, revision: str | None) -> dict[st
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name} is neither a file or folder here nor a dataset the hub gives: {error}") from error
+        unknown = f"{name} is neither a file or folder here nor a dataset that the hub gives"
+        raise UserError(f"{unknown}; check the name, or the network: {error}") from error
 
 
 def hold_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

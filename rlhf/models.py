@@ -203,12 +203,13 @@ def load_policy(name: str, flag: str, is_chat: bool = False) -> tuple[PreTrained
     if base:
         model = lora.merge_folder(model, name, flag)
     if tokenizer.eos_token is None:
-        raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token")
+        raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token; give another model")
     ids = torch.arange(2).unsqueeze(0)
     with torch.no_grad():
         logits, states = model(ids).logits, model.base_model(ids).last_hidden_state
         if not torch.allclose(model.get_output_embeddings()(states), logits, atol=1e-4):
-            raise UserError(f"{flag} {name}: PPO needs logits that are the output layer of the last hidden states")
+            needed = "logits that are the output layer of the last hidden states"
+            raise UserError(f"{flag} {name}: PPO needs {needed}; give another model")
     return model, tokenizer
 
 
