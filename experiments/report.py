@@ -126,9 +126,10 @@ def headline(results: Path) -> str:
     ours, theirs = peers.iloc[0], peers.minutes.iloc[1:]
     took = (
         f"PPO took {everywhere.minutes.min():.1f} minutes on two quiet cores, and up to {everywhere.minutes.max():.1f} "
-        "without vector instructions or beside other programs. TRL's runs, one seed each, had the models and queries of an earlier default, "
-        f"with which this code ended at {ours.fraction_of_optimum:.1%} after {ours.minutes:.1f} minutes; they took "
-        f"{theirs.iloc[0]:.1f} minutes with its defaults and {theirs.iloc[1]:.1f} with the settings of this code."
+        "without vector instructions or beside other programs. TRL's runs, one seed each, had the models and queries "
+        f"of an earlier default, with which this code ended at {ours.fraction_of_optimum:.1%} after "
+        f"{ours.minutes:.1f} minutes; they took {theirs.iloc[0]:.1f} minutes with TRL's defaults and "
+        f"{theirs.iloc[1]:.1f} with the settings of this code."
     )
     return f"{table('', rows)}\n\n{wrapped(took)}"
 
