@@ -201,8 +201,8 @@ def hard_frames(results: Path) -> str:
         "What if the reward model has not learned some of the texts?",
         "Here the generator knows all 156 frames (situations with two cases and two acts) of the shipped world, and "
         "the classifier has learned 104 of them. One from scratch is right on "
-        f"{alone['hard']:.0%} of the others' texts (`hard.csv`), one that starts as MiniLM on {alone['minilm']:.0%}. {settings['episodes']:,} episodes, "
-        f"{len(runs['hard'])} seeds each, the same reference for both.",
+        f"{alone['hard']:.0%} of the others' texts (`hard.csv`), one that starts as MiniLM on {alone['minilm']:.0%}. "
+        f"{settings['episodes']:,} episodes, {len(runs['hard'])} seeds each, the same reference for both.",
         claim(
             rise("hard", "classifier_mean").min() > 0.3 and (rise("hard", "gold_ethical") > 0).sum() == 1,
             "PPO raises the mean of the classifier from scratch on both kinds of frame. On those that it has not "
