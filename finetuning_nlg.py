@@ -22,7 +22,7 @@ import ppo
 from rlhf import (
     checkpoint,
     cli,
-    data,
+    querying,
     distributed,
     evaluation,
     guard,
@@ -134,7 +134,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
         rollout = collect(
             policy, reference, *prompts.encode(batch, device), sampling, sample_rng,
             forward_batch=args.forward_batch, minibatches=minibatches,
-            shortest_query=data.shortest_query(args.query_length) if args.query_kl else None,
+            shortest_query=querying.shortest_query(args.query_length) if args.query_kl else None,
         )  # fmt: skip
         clock.lap("rollout")
 
@@ -148,11 +148,12 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
             metrics = ppo.update(policy, reference, optimizer, rollout, targets, settings, shuffle_rng)
         clock.lap("update")
 
+        measured = evaluations.after_update(update, policy)  # before the guard may go back
         action = kl_guard.watch(update, distributed.mean(rollout.exact_kl.sum(1)).item())
         row = log.write(
             update, lr=lr, kl_coef=kl_coef, rollout=rollout, queries=batch, texts=texts, scores=scores, metrics=metrics,
             seconds=clock.laps, ethics_before=reward.ethics_before, labels=human.labels if human else None,
-            guard=action, evaluation=evaluations.after_update(update, policy),
+            guard=action, evaluation=measured,
         )  # fmt: skip
         if action == guard.STOPPED:
             break
@@ -183,7 +184,7 @@ class Training(NamedTuple):
     optimizer: optim.Optimizer
     kl_schedule: ppo.KLSchedule
     kl_guard: guard.KLGuard
-    query_stream: data.QueryStream
+    query_stream: querying.QueryStream
     sample_rng: torch.Generator  # another one in every process
     shuffle_rng: torch.Generator  # the same in all of them
     evaluations: evaluation.Evaluation
@@ -219,7 +220,7 @@ def new_training(
         optimizer,
         ppo.KLSchedule(args.kl_coef, args.kl_start, args.target_kl, args.kl_horizon),
         guard.KLGuard(kl_limit if of_guard else None, weights_and_optimizer(policy, optimizer)),
-        data.QueryStream(queries, args.seed),
+        querying.QueryStream(queries, args.seed),
         distributed.generator(args.seed),
         torch.Generator().manual_seed(args.seed),
         evaluation.Evaluation(args.eval_every, updates, measure),

@@ -22,6 +22,7 @@ from rlhf import (
     checkpoint,
     cli,
     data,
+    querying,
     gold,
     lora,
     model_card,
@@ -83,7 +84,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
         model, tokenizer = models.load_policy(args.model, "--model")
     tokens = args.query_length + args.response_length
     models.check_length(model, tokenizer, tokens, "--query-length and --response-length")
-    queries, _ = data.split_queries(texts["valid"], tokenizer, args.query_length)
+    queries, _ = querying.split_queries(texts["valid"], tokenizer, args.query_length)
     model.to(device)
     dtype = precision.choose(args.precision, device, model)
     runtime.print_device(device, dtype)

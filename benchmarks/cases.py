@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import ppo
-from rlhf import data, models, optim, precision, rewards, rollout
+from rlhf import data, models, optim, precision, querying, rewards, rollout
 from rlhf.policy import PolicyWithValue
 from rlhf.rollout import Rollout
 from rlhf.sampling import Sampling
@@ -140,7 +140,7 @@ def queries_of(case: Case, tokenizer) -> list[str]:
     if case.policy:
         ids = torch.randint(2, case.policy.vocab_size, (case.batch_size, case.query_length)).tolist()
         return [" ".join(f"w{i}" for i in row) for row in ids]
-    queries, _ = data.split_queries(data.load_texts("data_nlg")["valid"], tokenizer, case.query_length)
+    queries, _ = querying.split_queries(data.load_texts("data_nlg")["valid"], tokenizer, case.query_length)
     return (queries * -(-case.batch_size // len(queries)))[: case.batch_size]
 
 
@@ -172,7 +172,7 @@ class Update:
         self.settings = dataclasses.replace(PPO, epochs=epochs, forward_batch=case.forward_batch)
 
     def roll_out(self) -> Rollout:
-        query_ids, query_mask = data.encode_queries(self.tokenizer, self.queries, self.device)
+        query_ids, query_mask = querying.encode_queries(self.tokenizer, self.queries, self.device)
         minibatches = rollout.shuffled_minibatches(len(self.queries), self.case.minibatches, self.generator)
         return rollout.collect(
             self.policy,

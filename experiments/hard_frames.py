@@ -18,7 +18,7 @@ import torch
 
 from data_cls import scenarios
 from experiments.commands import ROOT, run
-from rlhf import cli, data, models, prompting, rewards, runtime
+from rlhf import cli, models, prompting, querying, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.sampling import Sampling
 
@@ -49,7 +49,7 @@ def evaluate(run_folder: Path, device: torch.device) -> None:
     settings = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))["settings"]
     _, tokenizer = models.load_policy(settings["policy"], "--policy")
     lines = (Path(settings["data"]) / "valid.txt").read_text(encoding="utf-8").splitlines()
-    _, held_out = data.split_queries(lines, tokenizer, settings["query_length"])
+    _, held_out = querying.split_queries(lines, tokenizer, settings["query_length"])
     queries = random.Random(settings["seed"]).sample(held_out, QUERIES)
     measures = {
         when: measure(settings[folder], queries, settings, device)

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rlhf import data, evaluation, models, prompting, rewards, runtime
+from rlhf import data, evaluation, models, prompting, querying, rewards, runtime
 from rlhf.errors import UserError
 from rlhf.policy import PolicyWithValue, position_ids
 from rlhf.sampling import Sampling, real_tokens, sample
@@ -127,7 +127,7 @@ def preference_pairs(
 def sample_pairs(task: Task, episodes: int, answers: int, seed: int) -> list[dict[str, list[int]]]:
     """Pairs from so many responses of the reference, `answers` to every query."""
     generator = torch.Generator().manual_seed(seed)
-    queries = data.QueryStream(task.queries, seed).take(episodes // answers)
+    queries = querying.QueryStream(task.queries, seed).take(episodes // answers)
     repeated = [query for query in queries for _ in range(answers)]
     prompt_ids, response_ids, scores = task.tokenizer(repeated, add_special_tokens=False)["input_ids"], [], []
     for start in range(0, len(repeated), BATCH):

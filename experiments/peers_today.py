@@ -82,7 +82,9 @@ class Settings:
     @property
     def in_the_projects_names(self) -> dict:
         own = {"ppo_epochs": self.epochs, "kl_coef": self.beta, "optimizer": "adamw"}
-        return own | {name: getattr(self, name) for name in ("episodes", "seed", "batch_size", "minibatches", "lr")}
+        return own | {
+            name: getattr(self, name) for name in ("episodes", "seed", "batch_size", "minibatches", "lr", "answers")
+        }
 
     def filled(self) -> "Settings":
         """The same with TRL's defaults."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf import cli, data, models, prompting, rewards, runtime
+from rlhf import cli, models, prompting, querying, rewards, runtime
 from rlhf.errors import UserError
 from rlhf.human import annotator, answers, questions
 from rlhf.sampling import Sampling
@@ -70,7 +70,7 @@ def write_shipped(folder: Path, comparisons: int) -> None:
     """`comparisons` to train on, and a quarter as many to test on, in the format of --feedback-file."""
     model, tokenizer = models.load_policy("models/nlg", "--policy")
     lines = (ROOT / "data_nlg" / "valid.txt").read_text(encoding="utf-8").splitlines()
-    train_queries, test_queries = data.split_queries([line for line in lines if line], tokenizer, QUERY_LENGTH)
+    train_queries, test_queries = querying.split_queries([line for line in lines if line], tokenizer, QUERY_LENGTH)
     sampling = Sampling(RESPONSE_LENGTH, TEMPERATURE, tokenizer.eos_token_id)
     keys = questions.answer_keys(SAMPLES)
     for seed, (name, queries, count) in enumerate(

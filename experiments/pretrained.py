@@ -9,7 +9,7 @@ The weights are those of the packages in requirements-pretrained.txt, or of fold
 model and judge learn from different halves of the labels; in the shipped world the gold judge judges. Writes models to
 models/pretrained/<task>/, their metrics to data_results/pretrained/<task>/, and run folders to
 data_results/pretrained/<task>_seed<seed>/, with twenty random texts before and after in pairs.csv; and
-fig_<task>.png. Goes on where it stopped.
+fig_<task>.png. Where other models are given, their names follow the task's. Goes on where it stopped.
 """
 
 import argparse
@@ -53,11 +53,12 @@ def main() -> None:
     args = parse_args()
     for folder in {args.policy, args.encoder} & PACKAGES.keys():
         unpack(folder)
-    home = Path("models/pretrained") / args.task
+    name = name_of(args)
+    home = Path("models/pretrained") / name
     policy, reward, judge = train_models(args, home)
 
     # PPO, and what it gained
-    runs = [RESULTS / f"{args.task}_seed{seed}" for seed in range(args.seeds)]
+    runs = [RESULTS / f"{name}_seed{seed}" for seed in range(args.seeds)]
     data = home / ("texts" if args.task == "world" else "rows/queries")
     for seed, folder in enumerate(runs):
         shared = f"--policy {policy} --reward {reward} --data {data} {LENGTHS[args.task]} {judge}"
@@ -68,18 +69,24 @@ def main() -> None:
     if args.task == "world":
         for folder in runs:
             hard_frames.evaluate(folder, runtime.set_up("auto", 0))
-    title = f"Score and KL: PPO, best-of-n and the optimum ({args.task})"
-    plots.save(RESULTS / f"fig_{args.task}.png", title, plots.draw_frontier, plots.load_evaluations(runs))
+    title = f"Score and KL: PPO, best-of-n and the optimum ({name})"
+    plots.save(RESULTS / f"fig_{name}.png", title, plots.draw_frontier, plots.load_evaluations(runs))
     for folder in runs:
         write_pairs(folder)
     show(runs[0])
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """Of what is written: the task, and the models where they are not those of the packages."""
+    others = [Path(x).name for x, default in ((args.policy, POLICY), (args.encoder, ENCODER)) if x != default]
+    return "-".join([args.task, *others])
 
 
 def train_models(args: argparse.Namespace, home: Path) -> tuple[Path, Path, str]:
     """The policy before PPO, the reward model's folder, and the flag that names the judge."""
     reward, policy = home / "reward", home / "nlg"
     classify, generate = (
-        f"{script} --resume --results {RESULTS / args.task}" for script in ("train_cls.py", "train_nlg.py")
+        f"{script} --resume --results {RESULTS / home.name}" for script in ("train_cls.py", "train_nlg.py")
     )
     from_encoder = f"{classify} --model {args.encoder} --lr 5e-5 --out {reward}"
     from_policy = f"{generate} --model {args.policy} --epochs 1 --out {policy}"
@@ -114,7 +121,8 @@ def unpack(folder: str) -> None:
 
 def write_pairs(folder: Path) -> None:
     """pairs.csv: what policy and reference answer to the same held-out queries, drawn at random, one pair a query."""
-    samples = pd.read_csv(folder / "evaluation_samples.csv").query("draw == 0")
+    samples = pd.read_csv(folder / "evaluation_samples.csv", keep_default_na=False).query("draw == 0")
+    samples = samples.drop_duplicates(["query", "policy"])  # a query may have been drawn twice
     samples["response"] = [text[len(query) :] for query, text in zip(samples["query"], samples.text, strict=True)]
     wide = samples.pivot(index="query", columns="policy", values=["response", "ethics", "ethical"])
     pairs = wide.sample(min(PAIRS, len(wide)), random_state=0)
@@ -131,7 +139,7 @@ def beginning(query: str) -> str:
 
 def show(folder: Path) -> None:
     """Print some of the pairs."""
-    for pair in pd.read_csv(folder / "pairs.csv").head(SHOWN).itertuples():
+    for pair in pd.read_csv(folder / "pairs.csv", keep_default_na=False).head(SHOWN).itertuples():
         print(f"\n{pair.query}")
         print(f"  before ({pair.ethics_before:.2f}): {pair.response_before.strip()}")
         print(f"  after  ({pair.ethics_after:.2f}): {pair.response_after.strip()}")

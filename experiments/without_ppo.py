@@ -26,7 +26,7 @@ import torch
 from rlhf import (
     checkpoint,
     cli,
-    data,
+    querying,
     evaluation,
     gold,
     models,
@@ -117,7 +117,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     precision.set_precision(model, dtype)
     reward = rewards.load(args.reward, args.missing_stop_score, device, args.precision, split=prompts.split)
     judge = gold.load_judge(args.gold, texts["valid"], device, args.precision)
-    stream = data.QueryStream(prompts.training_queries(texts, args.query_length), args.seed)
+    stream = querying.QueryStream(prompts.training_queries(texts, args.query_length), args.seed)
     held_out = prompts.validation_queries(texts, args.query_length)
     runtime.print_device(device, dtype)
     print(recipes.summary(args, RECIPE, args.policy))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf import precision, recipes
+from rlhf import lora, precision, recipes
 from rlhf.errors import Stopped, UserError
 
 
@@ -125,6 +125,8 @@ def check_lora(args: argparse.Namespace, name: str, flag: str) -> None:
         return
     if name.partition(":")[0] == "scratch":
         raise UserError(f"--lora adapts a model that has learned something, and {flag} {name} has not; train it first")
+    if lora.base_of_folder(name, flag):
+        raise UserError(f"--lora needs a whole model under its adapters, and {flag} {name} is adapters: give it merged")
     if Path(name).resolve() == Path(args.out).resolve():
         raise UserError(f"--lora needs the model under its adapters later too: give an --out other than {flag} {name}")
     if args.optimizer == "muon":
@@ -320,6 +322,8 @@ def check_ppo_flags(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} is for the critic, which --value-coef 0 teaches nothing; give --value-coef 0.1")
     if args.critic_warmup >= updates:
         raise UserError(f"--critic-warmup {args.critic_warmup} leaves none of the {updates} updates to the policy")
+    if args.target_kl and not args.kl_coef:
+        raise UserError("--target-kl multiplies the KL coefficient, and --kl-coef 0 stays 0; give one above 0")
     if args.keep_best and not args.eval_every:
         raise UserError("--keep-best keeps the best of the policies that are evaluated: give --eval-every, too")
 

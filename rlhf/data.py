@@ -1,18 +1,14 @@
-"""Texts, labels, comparisons and queries: from a folder of data files, one file, or a dataset of the hub."""
+"""Texts, labels and comparisons: from a folder of data files, one file, or a dataset of the hub."""
 
-import random
 import re
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
-from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.runtime import offline_without_network
@@ -22,7 +18,6 @@ PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own copy of a dataset whose
 SPLIT_NAMES = {"validation": "valid", "dev": "valid", "val": "valid"}
 TEXT_COLUMNS = ("text", "sentence", "input", "content", "prompt")  # the first one there is, if the user names none
 VALID_FRACTION = 0.1  # of the training rows, where the data has no validation split
-HELD_OUT = 5  # one in so many queries is for evaluation only
 Read = Callable[[datasets.Dataset, list[str] | None], list[str]]  # the texts of rows, of these columns if any are given
 
 
@@ -268,75 +263,3 @@ def comparisons(rows: datasets.Dataset) -> Choices | None:
             raise UserError(f"row {number} lacks a candidate; give all of {', '.join(samples)}, or take it out")
         candidates.append(texts)
     return Choices(candidates, best)
-
-
-# queries
-
-
-def opening(text: str) -> str:
-    """The part of a text from which a query is cut: its first sentence, or its first half if it is one sentence."""
-    sentence, _, rest = re.sub(r"([.!?][\"']?)\s+", r"\1\n", text, count=1).partition("\n")
-    words = text.split()
-    return sentence if rest else " ".join(words[: (len(words) + 1) // 2])
-
-
-def shortest_query(length: int) -> int:
-    """The shortest query where the longest has `length` tokens."""
-    return max(1, length // 2)
-
-
-def split_queries(texts: list[str], tokenizer, length: int) -> tuple[list[str], list[str]]:
-    """The queries of these texts: those for training, and those for evaluation only, about a fifth.
-
-    A query is the first tokens of an opening, from half of `length` to `length` of them, as the 32 to 64 of [1]; the
-    text's checksum decides how many.
-    """
-    shortest = shortest_query(length)
-    rows = tokenizer([opening(text) for text in texts], add_special_tokens=False)["input_ids"]
-    lengths = [shortest + zlib.crc32(text.encode()) % (length - shortest + 1) for text in texts]
-    return hold_out_queries(tokenizer.batch_decode([row[:count] for row, count in zip(rows, lengths, strict=True)]))
-
-
-def hold_out_queries(queries: list[str], text_of: Callable[[str], str] = str) -> tuple[list[str], list[str]]:
-    """The queries for training, and those for evaluation only, about a fifth.
-
-    The checksum of a query's text decides on which side it is, so that equal queries are on the same side in every
-    script and every run.
-    """
-    training, held_out = [], []
-    for query in queries:
-        (held_out if zlib.crc32(text_of(query).encode()) % HELD_OUT == 0 else training).append(query)
-    if not (training and held_out):
-        raise UserError("the validation texts are too few to hold out queries for evaluation; give more of them")
-    return training, held_out
-
-
-def encode_queries(tokenizer, queries: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Queries padded on the left: ids and mask, [B, Q] each."""
-    rows = tokenizer(queries, add_special_tokens=False)["input_ids"]
-    width = max(map(len, rows))
-    ids = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-class QueryStream:
-    """Queries without end: all of them in a random order, then all of them in another one, and so on."""
-
-    def __init__(self, queries: list[str], seed: int):
-        self._queries, self._rng = queries, random.Random(seed)
-        self._waiting: list[str] = []  # the rest of the present order
-
-    def take(self, count: int) -> list[str]:
-        """The next `count` queries."""
-        while len(self._waiting) < count:
-            self._waiting += self._rng.sample(self._queries, len(self._queries))
-        taken, self._waiting = self._waiting[:count], self._waiting[count:]
-        return taken
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rng": self._rng.getstate(), "waiting": self._waiting}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rng.setstate(state["rng"])
-        self._waiting = state["waiting"]

@@ -115,14 +115,18 @@ def distinct(texts: Sequence[str], n: int, vocabulary: int) -> float:
     """Distinct n-grams of texts, relative to the number expected in as many uniform draws from `vocabulary` n-grams.
 
     1: as diverse as uniform draws. Unlike the fraction of distinct n-grams, it does not fall with the amount of text
-    (Liu et al. 2022).
+    (Liu et al. 2022). NaN without n-grams.
     """
     grams = ngrams(texts, n)
+    if not (grams and vocabulary):
+        return float("nan")
     return len(set(grams)) / (vocabulary * (1 - (1 - 1 / vocabulary) ** len(grams)))
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Mean BLEU-4 (0 to 1) of every text with the others as references: 1 if all texts are equal."""
+    """Mean BLEU-4 (0 to 1) of every text with the others as references: 1 if all texts are equal; NaN of one text."""
+    if len(texts) < 2:
+        return float("nan")
     metric = sacrebleu.BLEU(effective_order=True, lowercase=True)
     scores = [metric.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)]
     return float(np.mean(scores)) / 100

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf import chat, data, models
+from rlhf import chat, data, models, querying
 from rlhf.errors import UserError
 from rlhf.sampling import Sampling
 
-REPLY, BOTH = REWARD_SEES = ("reply", "both")
+REPLY, BOTH = "reply", "both"
 
 
 class Sample(NamedTuple):
@@ -60,25 +60,25 @@ class Texts:
         which is refused here rather than after the training.
         """
         self.held_out_queries(texts, length)
-        return data.split_queries(texts["train"] + texts["valid"], self.tokenizer, length)[0]
+        return querying.split_queries(texts["train"] + texts["valid"], self.tokenizer, length)[0]
 
     def held_out_queries(self, texts: dict[str, list[str]], length: int) -> list[str]:
         """The queries of "valid" that evaluate_nlg.py asks."""
-        return data.split_queries(texts["valid"], self.tokenizer, length)[1]
+        return querying.split_queries(texts["valid"], self.tokenizer, length)[1]
 
     def validation_queries(self, texts: dict[str, list[str]], length: int) -> list[str]:
         """Held-out queries for evaluation during training, always in the same order.
 
         First come those that evaluate_nlg.py does not ask: what is chosen by some queries should not be judged by them.
         """
-        _, held_out = data.split_queries(texts["train"] + texts["valid"], self.tokenizer, length)
+        _, held_out = querying.split_queries(texts["train"] + texts["valid"], self.tokenizer, length)
         of_the_end = set(self.held_out_queries(texts, length))
         shuffled = random.Random(0).sample(held_out, len(held_out))
         return sorted(shuffled, key=lambda query: query in of_the_end)
 
     def encode(self, queries: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Queries padded on the left: ids and mask, [B, Q] each."""
-        return data.encode_queries(self.tokenizer, queries, device)
+        return querying.encode_queries(self.tokenizer, queries, device)
 
     def texts(self, queries, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor):
         """What is seen of B responses: the whole texts, which begin with their queries."""
@@ -120,7 +120,7 @@ class Conversations:
         fitting, total = self._fitting(conversations, length), sum(map(len, conversations.values()))
         if len(fitting) < total:
             print(f"{total - len(fitting)} of {total} prompts are longer than --query-length {length}: left out")
-        return data.hold_out_queries(fitting, chat.plain)[0]
+        return querying.hold_out_queries(fitting, chat.plain)[0]
 
     def held_out_queries(self, conversations: dict[str, list[str]], length: int) -> list[str]:
         """The half of what is held out that evaluate_nlg.py asks."""
@@ -131,7 +131,7 @@ class Conversations:
         return self._held_out(conversations, length)[1::2]
 
     def _held_out(self, conversations: dict[str, list[str]], length: int) -> list[str]:
-        _, held_out = data.hold_out_queries(self._fitting(conversations, length), chat.plain)
+        _, held_out = querying.hold_out_queries(self._fitting(conversations, length), chat.plain)
         return sorted(set(held_out), key=lambda conversation: (zlib.crc32(conversation.encode()), conversation))
 
     def _fitting(self, conversations: dict[str, list[str]], length: int) -> list[str]:
@@ -145,7 +145,9 @@ class Conversations:
 
     def encode(self, queries: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Queries in the tokens of the chat template, padded on the left: ids and mask, [B, Q] each."""
-        return data.encode_queries(self.tokenizer, [chat.render(self.tokenizer, query) for query in queries], device)
+        return querying.encode_queries(
+            self.tokenizer, [chat.render(self.tokenizer, query) for query in queries], device
+        )
 
     def texts(self, queries, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor):
         """What is seen of B responses, without the template's tokens."""

@@ -20,6 +20,7 @@ from rlhf import distributed, models, precision, prompting
 from rlhf.errors import UserError
 from rlhf.policy import hidden_states
 
+SMALLEST_STD = 1e-6  # of raw scores on the reference's samples
 WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(.+)")
 RawScore = Callable[[list[str], list[str]], np.ndarray]  # queries, what is seen of the responses -> raw scores [B]
 Split = Callable[[str, str], prompting.Sample]  # a query, a text -> what people read
@@ -51,9 +52,13 @@ class Reward:
         self.score_mean = self.score_std = self.ethics_before = None  # until `calibrate` or `load_state_dict`
 
     def calibrate(self, queries: list[str], texts: list[str]) -> None:
-        """Take mean and standard deviation from the reference's texts, of which every process has a shard."""
+        """Take mean and standard deviation from the reference's texts, of which every process has a shard.
+
+        A part that does not vary on them keeps its own unit: of a rare event, 1 stays 1.
+        """
         raw = np.array(distributed.gather(self.raw_scores(queries, texts).tolist()))
-        self.score_mean, self.score_std = raw.mean(0).tolist(), raw.std(0).clip(1e-6).tolist()
+        stds = raw.std(0)
+        self.score_mean, self.score_std = raw.mean(0).tolist(), np.where(stds < SMALLEST_STD, 1.0, stds).tolist()
         self.ethics_before = float(self.ethics(raw).mean())
 
     def __call__(self, queries: list[str], texts: list[str], terminated: Tensor) -> Scores:
@@ -220,13 +225,19 @@ def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: in
     names = {str(name).lower(): index for name, index in (model.config.label2id or {}).items()}
     positive = names.get("positive", model.config.num_labels - 1)
     length = models.max_length(model, tokenizer)
+    nothing = "" if tokenizer("")["input_ids"] else tokenizer.eos_token  # a row needs a token
+    texts = [text or nothing for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     scores = np.empty(len(texts))
     with torch.no_grad():
         for start in range(0, len(texts), batch):
             rows = order[start : start + batch]
             encoded = tokenizer(
-                [texts[i] for i in rows], truncation=True, max_length=length, padding=True, return_tensors="pt"
+                [texts[i] for i in rows],
+                truncation=True,
+                max_length=length,
+                padding=True,
+                return_tensors="pt",
             )
             logits = classifier_logits(model, encoded.to(device)).double()
             if logits.shape[1] > 1:

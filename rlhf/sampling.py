@@ -82,7 +82,7 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Responses [B, R], R <= sampling.length, to queries [B, Q], and the hidden states [B, R, H] they were drawn from.
 
-    Behind the end of a response stand stop tokens, and zeros among the states.
+    Behind the end of a response stand stop tokens, and states that mean nothing.
     """
     batch, device, length = len(query_ids), query_ids.device, sampling.length
     responses = torch.full((batch, length), sampling.stop_id, device=device)

@@ -152,6 +152,7 @@ def test_a_run_with_a_warm_up_stopped_inside_it_and_resumed(chain, monkeypatch):
         (["--value-lr", "1e-3", "--leave-one-out", "--answers", 2], "--value-lr is for the critic"),
         (["--value-lr", "1e-3", "--value-coef", 0], "--value-coef 0 teaches nothing"),
         (["--critic-warmup", 2], "leaves none of the 2 updates"),
+        (["--target-kl", 1, "--kl-coef", 0], "--kl-coef 0 stays 0"),
         (["--critic-warmup", "-1"], "--critic-warmup"),
         (["--value-lr", 0], "--value-lr"),
     ],

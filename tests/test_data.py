@@ -5,49 +5,71 @@ import random
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import train_cls
-from rlhf import data, models, plots, rewards
+from rlhf import data, models, plots, querying, rewards
 from rlhf.errors import UserError
 from tests.conftest import ROOT, write_csv
 
 
 def test_an_opening_is_the_first_sentence_or_half_of_a_single_one():
-    assert data.opening("I found a purse. I kept it.") == "I found a purse."
-    assert data.opening("Who was it? Nobody knew. So it went.") == "Who was it?"
-    assert data.opening("one two three four five") == "one two three"
+    assert querying.opening("I found a purse. I kept it.") == "I found a purse."
+    assert querying.opening("Who was it? Nobody knew. So it went.") == "Who was it?"
+    assert querying.opening("one two three four five") == "one two three"
 
 
 def test_no_query_is_on_both_sides_and_the_order_of_texts_does_not_matter():
     texts = [f"Person {i} came in. Then {j} left." for i in range(500) for j in range(2)]
     tokenizer = models.scratch_tokenizer(texts)
-    training, held_out = data.split_queries(texts, tokenizer, 3)  # "Person" and perhaps " 7", " came"
+    training, held_out = querying.split_queries(texts, tokenizer, 3)  # "Person" and perhaps " 7", " came"
     assert not set(training) & set(held_out)
     assert len(training) + len(held_out) == 1000
     assert all(text.startswith(("Person", "Person ")) for text in training + held_out)
-    assert sorted(data.split_queries(texts[::-1], tokenizer, 3)[1]) == sorted(held_out)
+    assert sorted(querying.split_queries(texts[::-1], tokenizer, 3)[1]) == sorted(held_out)
 
 
 def test_queries_have_from_half_the_length_to_the_length_in_tokens():
     texts = [f"{letter} two three four five six seven. And {i}." for i in range(9) for letter in "abcdefghijklmnop"]
     tokenizer = models.scratch_tokenizer(texts)
-    queries = [query for side in data.split_queries(texts, tokenizer, 4) for query in side]
+    queries = [query for side in querying.split_queries(texts, tokenizer, 4) for query in side]
     assert {len(query.split()) for query in queries} == {2, 3, 4}
+
+
+def test_a_query_does_not_end_inside_a_character():
+    tokenizer = models.scratch_tokenizer(["a b c"] * 8)  # which writes other characters byte by byte
+    ids = tokenizer("a €", add_special_tokens=False)["input_ids"]
+    texts = [querying.whole_text(tokenizer, ids[:count]) for count in range(1, len(ids) + 1)]
+    assert texts[0] == "a" and texts[-1] == "a €"
+    assert not any("\ufffd" in text for text in texts)
+
+
+def test_a_query_begins_as_texts_do():
+    """Llama's tokenizer opens a text with a token of its own; a chat template may have written it already."""
+    tokenizer = models.scratch_tokenizer(["a b c d"] * 8)
+    plain, _ = querying.encode_queries(tokenizer, ["a b"], torch.device("cpu"))
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    for query in ("a b", "<bos>a b"):
+        ids, mask = querying.encode_queries(tokenizer, [query], torch.device("cpu"))
+        assert ids.tolist() == [[tokenizer.bos_token_id, *plain[0].tolist()]] and mask.all()
 
 
 def test_a_query_stream_is_all_queries_in_one_random_order_after_the_other():
     queries, rng = [f"query {i}" for i in range(10)], random.Random(3)
     expected = rng.sample(queries, 10) + rng.sample(queries, 10) + rng.sample(queries, 10)
-    stream = data.QueryStream(queries, seed=3)
+    stream = querying.QueryStream(queries, seed=3)
     taken = [query for count in (4, 4, 4, 0, 12, 6) for query in stream.take(count)]
     assert taken == expected
-    assert data.QueryStream(queries, seed=3).take(30) == expected  # more than all of them at once
+    assert querying.QueryStream(queries, seed=3).take(30) == expected  # more than all of them at once
 
 
 def test_a_query_stream_goes_on_from_its_state(tmp_path):
     queries = [f"query {i}" for i in range(10)]
-    stream, resumed = data.QueryStream(queries, seed=0), data.QueryStream(queries, seed=1)
+    stream, resumed = querying.QueryStream(queries, seed=0), querying.QueryStream(queries, seed=1)
     stream.take(13)
     torch.save(stream.state_dict(), tmp_path / "state.pt")
     expected = stream.take(40)
@@ -57,7 +79,7 @@ def test_a_query_stream_goes_on_from_its_state(tmp_path):
 
 def test_queries_are_padded_on_the_left():
     tokenizer = models.scratch_tokenizer(["a b c d e", "a b"] * 2)
-    ids, mask = data.encode_queries(tokenizer, ["a b c", "a b"], torch.device("cpu"))
+    ids, mask = querying.encode_queries(tokenizer, ["a b c", "a b"], torch.device("cpu"))
     assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
     assert tokenizer.decode(ids[0]) == "a b c"
     assert ids[1, 0] == tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -66,7 +88,7 @@ def test_queries_are_padded_on_the_left():
 def test_a_text_ends_with_its_stop_token():
     """Behind a stop token that people read, such as a full stop, the sampler's filling must not show."""
     tokenizer = models.scratch_tokenizer(["he left . so ."] * 2)
-    query_ids, query_mask = data.encode_queries(tokenizer, ["he", "so he"], torch.device("cpu"))
+    query_ids, query_mask = querying.encode_queries(tokenizer, ["he", "so he"], torch.device("cpu"))
     left, stop = tokenizer.encode(" left", add_special_tokens=False), models.stop_token(tokenizer, " .")
     response_ids = torch.tensor([[*left, stop, stop, stop], [*left, *left, *left, stop]])
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])

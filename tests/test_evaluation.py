@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf import data, distributed, evaluation, models, prompting
+from rlhf import data, distributed, evaluation, models, prompting, querying
 from rlhf.errors import UserError
 from rlhf.evaluation import COLUMNS, Evaluation
 from rlhf.policy import PolicyWithValue
@@ -55,7 +55,7 @@ def measured(world, judge=None, seed=3, **changes):
 def test_it_measures_one_response_to_every_query(world):
     policy, reference, tokenizer, queries = world
     sampling = Sampling(12, 0.7, tokenizer.eos_token_id)
-    encoded = data.encode_queries(tokenizer, queries, torch.device("cpu"))
+    encoded = querying.encode_queries(tokenizer, queries, torch.device("cpu"))
     rollout = collect(policy, reference, *encoded, sampling, torch.Generator().manual_seed(3), forward_batch=2)
     texts = models.decode(tokenizer, rollout.ids, rollout.mask)
     scores = [(len(text) - 20) / 10 if ended else -3.0 for text, ended in zip(texts, rollout.terminated, strict=True)]
@@ -77,12 +77,12 @@ def test_it_draws_the_same_numbers_every_time_and_none_of_the_trainings(world):
 
 
 def test_queries_of_the_final_evaluation_come_last(chain):
-    """data.split_queries holds the same queries out in both splits; those of "valid" are evaluate_nlg.py's."""
+    """querying.split_queries holds the same queries out in both splits; those of "valid" are evaluate_nlg.py's."""
     _, tokenizer = models.load_policy(str(chain[0] / "models" / "nlg"), "--policy")
     texts = data.load_texts(str(chain[0] / "data_nlg"))
     prompts = prompting.Texts(tokenizer)
     queries = evaluation.held_out_queries(prompts, texts, 5)
-    of_valid = set(data.split_queries(texts["valid"], tokenizer, 5)[1])
+    of_valid = set(querying.split_queries(texts["valid"], tokenizer, 5)[1])
     others = [query not in of_valid for query in queries]
     assert others == sorted(others, reverse=True) and others[0]
     assert not set(queries) & set(prompts.training_queries(texts, 5))

