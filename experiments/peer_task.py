@@ -166,8 +166,9 @@ def write_config(folder: Path, config: dict, out: Path, own: dict, **more) -> No
 def quality(run: Path, minutes: float) -> dict[str, float]:
     """A run's row in a table of peers, from its evaluation.json."""
     found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    is_trusted = found["kl"] <= found["trusted_up_to_kl"]
     return {
-        "fraction_of_optimum": found["fraction_of_optimum"],
+        "fraction_of_optimum": found["fraction_of_optimum"] if is_trusted else np.nan,
         "score": found["score_after"],
         "kl": found["kl"],
         "gold_ethical": found["gold"]["ethical_after"],

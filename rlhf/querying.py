@@ -40,9 +40,11 @@ def split_queries(texts: list[str], tokenizer, length: int) -> tuple[list[str], 
 
 def whole_text(tokenizer, ids: list[int]) -> str:
     """The text of token ids, without the last ones if they are a part of a character only."""
-    while len(ids) > 1 and tokenizer.decode(ids).endswith("\ufffd"):
+    text = tokenizer.decode(ids)
+    while len(ids) > 1 and text.endswith("\ufffd"):
         ids = ids[:-1]
-    return tokenizer.decode(ids)
+        text = tokenizer.decode(ids)
+    return text
 
 
 def hold_out_queries(queries: list[str], text_of: Callable[[str], str] = str) -> tuple[list[str], list[str]]:
