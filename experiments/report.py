@@ -129,9 +129,9 @@ def headline(results: Path) -> str:
         columns = ("ethics_after", "ethical_after", "valid_after", "kl", "fraction_of_optimum")
         rows[title] = row(*(runs_of[column] for column in columns))
     took = (
-        f"PPO took {everywhere.minutes.min():.1f} minutes on two quiet cores, and up to {everywhere.minutes.max():.1f} "
-        "without vector instructions or beside other programs. All methods sample as many texts. TRL's runs have one "
-        "seed each; learning rate and KL coefficient of each were chosen in six short runs."
+        f"PPO took {everywhere.minutes.min():.1f} minutes on two quiet cores, {everywhere.minutes.max():.1f} without "
+        "vector instructions or beside other programs. All methods sample as many texts. TRL's have one seed each, and "
+        "settings from six short runs."
     )
     return f"{table('', rows)}\n\n{wrapped(took)}"
 

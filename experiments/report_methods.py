@@ -86,7 +86,7 @@ def beyond(results: Path) -> str:
             if variant.startswith("best_of_")
             else f"weights exp(score / {variant.rpartition('_')[2]})"
         )
-        + (f" ({seeds[variant]} seed{'s' * (seeds[variant] > 1)})" if seeds[variant] < SEEDS else "")
+        + (f" ({seeds[variant]} seed{'s' * int(seeds[variant] > 1)})" if seeds[variant] < SEEDS else "")
         for variant in runs.groupby("variant").exact_fraction.mean().sort_values(ascending=False).index
     }
     ppo = default_runs(results)
@@ -98,20 +98,20 @@ def beyond(results: Path) -> str:
         f"query, or all of them, each with the weight exp(score / beta). {SEEDS} seeds, four passes over the texts "
         "([without-ppo.md](without-ppo.md)).",
         claim(
-            best.exact_fraction.min() > ppo.fraction_of_optimum.max(),
-            "Weighted texts come nearer to the optimum than PPO.",
+            best.exact_fraction.min() > 0.95
+            and best.exact_fraction.max() < ppo.fraction_of_optimum.max()
+            and best.gold_valid.max() < ppo.valid_after.min(),
+            f"The best weights come within a point or two of PPO ({ppo.fraction_of_optimum.min():.1%} to "
+            f"{ppo.fraction_of_optimum.max():.1%}), without a tuned setting; but they lose more valid texts (PPO: "
+            f"{ppo.valid_after.min():.1%} and more), and their KL differs more from seed to seed: nothing holds the "
+            "policy where nobody has sampled.",
         ),
         claim(
-            runs[runs.variant.str.startswith("best_of_")].exact_fraction.max() < ppo.fraction_of_optimum.min(),
+            runs[runs.variant.str.startswith("best_of_")].exact_fraction.max() < best.exact_fraction.min() - 0.1,
             "Best-of-n distilled stays behind: it learns from one text of n, and a large n leaves few to learn from.",
         ),
-        claim(
-            best.gold_valid.mean() < ppo.valid_after.mean(),
-            "The price is validity: PPO's penalty on the KL keeps texts whole that nobody has sampled. Nothing was "
-            "tuned here, and the loss still falls when the four passes end. This world favours it: half of the "
-            "reference's texts are right, so the optimum is among what it writes anyway. What it hardly ever "
-            "writes, no weight brings.",
-        ),
+        "The loss still falls when the four passes end. This world favours the weights: half of the reference's texts "
+        "are right, so the optimum is among what it writes anyway.",
         table_of_runs("texts count by", runs, names, ["exact_fraction", "score", *GOLD]),
         figure("beyond", "Score against KL: the optimum, and a dot a run of every method"),
         files(results, "python -m experiments.study beyond", "beyond.csv", "beyond"),
