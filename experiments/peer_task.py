@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rlhf import data, evaluation, models, prompting, querying, rewards, runtime
+from rlhf import data, evaluation, frontier, models, prompting, querying, rewards, runtime
 from rlhf.errors import UserError
 from rlhf.policy import PolicyWithValue, position_ids
 from rlhf.sampling import Sampling, real_tokens, sample
@@ -166,9 +166,8 @@ def write_config(folder: Path, config: dict, out: Path, own: dict, **more) -> No
 def quality(run: Path, minutes: float) -> dict[str, float]:
     """A run's row in a table of peers, from its evaluation.json."""
     found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    is_trusted = found["kl"] <= found["trusted_up_to_kl"]
     return {
-        "fraction_of_optimum": found["fraction_of_optimum"] if is_trusted else np.nan,
+        "fraction_of_optimum": frontier.known_fraction(found),
         "score": found["score_after"],
         "kl": found["kl"],
         "gold_ethical": found["gold"]["ethical_after"],

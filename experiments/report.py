@@ -15,6 +15,7 @@ import pandas as pd
 from experiments import report_grids, report_log, report_methods, report_ppo, report_pretrained, report_rewards
 from experiments.markdown import lines, load, spread, table, wrapped
 from experiments.report_ppo import DEFAULT, default_runs
+from rlhf import frontier
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = (
@@ -124,8 +125,8 @@ def headline(results: Path) -> str:
         for title, (where, pattern) in report_methods.IN_README.items()
     }
     for title, found in others.items():
-        runs_of = pd.DataFrame([run | run["gold"] for run in found])
-        runs_of.loc[runs_of.kl > runs_of.trusted_up_to_kl, "fraction_of_optimum"] = None  # not known
+        known = [{"fraction_of_optimum": frontier.known_fraction(run)} for run in found]
+        runs_of = pd.DataFrame([run | run["gold"] | also for run, also in zip(found, known, strict=True)])
         columns = ("ethics_after", "ethical_after", "valid_after", "kl", "fraction_of_optimum")
         rows[title] = row(*(runs_of[column] for column in columns))
     took = (

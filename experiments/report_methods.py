@@ -18,7 +18,7 @@ IN_README = {  # title of a row -> folder of run folders, and which of these
         "reward_weighted_beta_0.2_seed*",
     ),
     "TRL's RLOO": ("peers", "rloo_*_seed0"),
-    "TRL's GRPO": ("peers", "grpo_*_beta_0.15_seed0"),
+    "TRL's GRPO, the better of two": ("peers", "grpo_*_beta_0.15_seed0"),
     "TRL's DPO": ("peers", "dpo_*_seed0"),
 }
 

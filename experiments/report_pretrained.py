@@ -21,7 +21,6 @@ def evaluations(results: Path) -> pd.DataFrame:
     rows = []
     for folder in sorted((results / "pretrained").glob("*_seed*")):
         found = load(folder / "evaluation.json")
-        is_known = found["kl"] <= found["trusted_up_to_kl"]
         perplexity = found["perplexity_under_reference"], found["perplexity_under_reference_before"]
         distinct = (found["diversity"][when]["distinct_2"] for when in ("after", "before"))
         rows.append(
@@ -34,7 +33,7 @@ def evaluations(results: Path) -> pd.DataFrame:
                 "kl": found["kl"],
                 "perplexity": np.divide(*perplexity),
                 "distinct": np.divide(*distinct),
-                "fraction_of_optimum": found["fraction_of_optimum"] if is_known else np.nan,
+                "fraction_of_optimum": frontier.known_fraction(found),
                 "best_of_8": next(best["ethical"] for best in found["best_of_n"] if best["n"] == 8),
             }
         )

@@ -208,11 +208,10 @@ def row_of(folder: Path) -> dict:
     if (folder / FAILED).exists():
         return row | {"broken": (folder / FAILED).read_text(encoding="utf-8").strip()}
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    is_trusted = evaluation["kl"] <= evaluation["trusted_up_to_kl"]
     log = pd.read_csv(folder / "log.csv")
     return row | {
         "broken": collapse(log, evaluation),
-        "fraction_of_optimum": evaluation["fraction_of_optimum"] if is_trusted else None,
+        "fraction_of_optimum": frontier.known_fraction(evaluation),
         "score": evaluation["score_after"],
         "kl": evaluation["kl"],
         "ethics": evaluation["ethics_after"],

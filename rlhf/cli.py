@@ -262,8 +262,8 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--lr", type=POSITIVE, help=ppo_recipe("lr", "learning rate, falling to 0"))
     optimizer_help = "adam, with at most a third of muon's learning rate, is that of lm-human-preferences"
     group.add_argument("--optimizer", choices=("muon", "adam"), help=ppo_recipe("optimizer", optimizer_help))
-    group.add_argument("--clip-range", type=POSITIVE, default=0.2, help="how far from 1 a ratio may go")
-    group.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="how far from the old value one may go")
+    group.add_argument("--clip-range", type=POSITIVE, default=0.2, help="beyond it a ratio gains no more")
+    group.add_argument("--value-clip-range", type=POSITIVE, default=0.2, help="the same of a value's change")
     group.add_argument("--value-coef", type=number(float, 0), help=ppo_recipe("value_coef", "weight of the value loss"))
     group.add_argument("--value-lr", type=POSITIVE, help="learning rate of the critic alone (default: --lr)")
     group.add_argument(
@@ -274,7 +274,8 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help=ppo_recipe("leave_one_out", "no critic: a value is the mean return of the other --answers to a query"),
     )
-    group.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help="as in 2019")
+    whiten_help = "divide rewards by their deviation over the batch, as lm-human-preferences does"
+    group.add_argument("--whiten-rewards", action=argparse.BooleanOptionalAction, default=False, help=whiten_help)
     group.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
     group.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
     group.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; fewer save memory")

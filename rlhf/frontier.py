@@ -67,6 +67,11 @@ def fraction_of_optimum(
     return fraction(queries), (float(low), float(high))
 
 
+def known_fraction(evaluation: dict) -> float:
+    """fraction_of_optimum of an evaluation.json; NaN beyond the KL up to which the optimum can be estimated."""
+    return evaluation["fraction_of_optimum"] if evaluation["kl"] <= evaluation["trusted_up_to_kl"] else np.nan
+
+
 def best_of_n_weights(n: int, samples: int) -> np.ndarray:
     """The probability that the sample of each rank is the best of n drawn without replacement from `samples`.
 

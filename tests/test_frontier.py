@@ -97,6 +97,12 @@ def test_words_and_ngrams():
     assert frontier.ngrams(["a b c", "a b"], 2) == [("a", "b"), ("b", "c"), ("a", "b")]
 
 
+def test_a_share_of_an_optimum_that_is_not_known_is_none():
+    run = {"fraction_of_optimum": 0.9, "kl": 2.0}
+    assert frontier.known_fraction(run | {"trusted_up_to_kl": 2.0}) == 0.9
+    assert np.isnan(frontier.known_fraction(run | {"trusted_up_to_kl": 1.9}))
+
+
 def test_distinct_words():
     # 3 distinct words of 4; 4 uniform draws from 10 words give 10 (1 - 0.9^4) = 3.439 distinct words
     assert frontier.distinct(["a b", "b c"], 1, 10) == pytest.approx(3 / 3.439)

@@ -145,7 +145,7 @@ def test_a_run_that_breaks_and_one_that_is_stopped_in_the_middle_of_it(chain, im
 
     def flags(name):
         where = ["--run", name, "--out", f"models/{name}", "--save-every", 1]
-        return [*TINY_RUN, "--episodes", 160, *BREAKS, *where]
+        return [*TINY_RUN, "--eval-every", 1, "--episodes", 160, *BREAKS, *where]
 
     said = run("finetuning_nlg", *flags("broken"), cwd=home, code=2)
     log = pd.read_csv(home / "data_results" / "broken" / "log.csv")
@@ -153,6 +153,7 @@ def test_a_run_that_breaks_and_one_that_is_stopped_in_the_middle_of_it(chain, im
     assert steps == ["", "raised", "went back", "", "raised", "stopped"]
     assert said.stderr.count("above --kl-limit: ") == 4
     assert log.kl_coef[2] > 1.5 * log.kl_coef[1]  # doubled, while --kl-start falls
+    assert log.eval_kl[2] > 3  # of the policy that this update made, not of the one that came back
     assert abs(log.kl[3]) < 1e-3 and log.kl[[1, 2, 4, 5]].min() > 3  # the policy is the reference again
 
     error = said.stderr.strip().splitlines()[-1]
