@@ -44,13 +44,13 @@ def main() -> None:
     evaluate(RESULTS / name, device)
 
 
-def evaluate(run_folder: Path, device: torch.device) -> None:
-    """Write hard_frames.json beside the log of a run on `write_texts`, and print it."""
+def evaluate(run_folder: Path, device: torch.device, samples: int = SAMPLES) -> None:
+    """Write hard_frames.json beside the log of a run on `write_texts`, with so many samples a query, and print it."""
     settings = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))["settings"]
     _, tokenizer = models.load_policy(settings["policy"], "--policy")
     lines = (Path(settings["data"]) / "valid.txt").read_text(encoding="utf-8").splitlines()
     _, held_out = querying.split_queries(lines, tokenizer, settings["query_length"])
-    queries = random.Random(settings["seed"]).sample(held_out, QUERIES)
+    queries = random.Random(settings["seed"]).sample(held_out, QUERIES) * samples
     measures = {
         when: measure(settings[folder], queries, settings, device)
         for when, folder in (("before", "policy"), ("after", "out"))
@@ -95,7 +95,6 @@ def measure(policy: str, queries: list[str], settings: dict, device: torch.devic
     """
     model, tokenizer = models.load_policy(policy, "--policy")
     sampling = Sampling(settings["response_length"], settings["temperature"], tokenizer.eos_token_id)
-    queries = queries * SAMPLES
     prompts, generator = prompting.Texts(tokenizer), torch.Generator().manual_seed(0)
     texts = models.continuations(model.to(device), prompts, queries, sampling, generator)
     reward = rewards.load(settings["reward"], settings["missing_stop_score"], device, "auto")

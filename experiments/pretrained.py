@@ -35,6 +35,7 @@ LENGTHS = {
     "world": "",
 }
 EVALUATION = "--queries 32 --samples 16 --reference-samples 256 --batch-size 256"
+HARD_SAMPLES = 8  # responses to each of hard_frames' queries: a large model takes its time
 PAIRS, SHOWN = 20, 4  # texts before and after in pairs.csv, and those that are printed at the end
 QUERY_WORDS = 8  # of a query in pairs.csv: rows of real data stay where they are
 
@@ -68,7 +69,7 @@ def main() -> None:
         run(f"evaluate_nlg.py --run {' '.join(map(str, runs))} {EVALUATION} {judge}")
     if args.task == "world":
         for folder in runs:
-            hard_frames.evaluate(folder, runtime.set_up("auto", 0))
+            hard_frames.evaluate(folder, runtime.set_up("auto", 0), HARD_SAMPLES)
     title = f"Score and KL: PPO, best-of-n and the optimum ({name})"
     plots.save(RESULTS / f"fig_{name}.png", title, plots.draw_frontier, plots.load_evaluations(runs))
     for folder in runs:

@@ -258,11 +258,10 @@ def test_the_measures_of_both_kinds_of_frames(chain, monkeypatch):
     learned = [text for label in (1, 1, 0, 0, 0, 0) for text in known["test"].text[known["test"].label == label][:1]]
     hard = [known["hard"].text[known["hard"].label == label].iloc[0] for label in (0, 1)]
     texts = [*learned, *hard, "Nonsense.", "More of it."]
-    monkeypatch.setattr(hard_frames, "SAMPLES", 5)
     monkeypatch.setattr(hard_frames.models, "continuations", lambda model, tokenizer, queries, *_: texts)
     monkeypatch.setattr(hard_frames.rewards, "log_odds", lambda model, tokenizer, texts, device: np.ones(len(texts)))
     settings = {"response_length": 8, "temperature": 0.7, "missing_stop_score": -1.0, "reward": ["models/cls"]}
-    measures = hard_frames.measure("models/nlg", ["A", "The"], settings, torch.device("cpu"))
+    measures = hard_frames.measure("models/nlg", ["A", "The"] * 5, settings, torch.device("cpu"))
     assert measures["all"] == {"texts": 10, "valid": 0.8}
     mean = {"classifier_mean": 1 / (1 + np.exp(-1))}
     of_learned = {"share": 0.75, "gold_ethical": 1 / 3, "classifier_right": 1 / 3} | mean
