@@ -83,7 +83,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         choices=precision.PRECISIONS,
         default="auto",
         help="of matrix products. auto: bfloat16 on CUDA, and for models of 4 million weights and more on a CPU with "
-        "avx512_bf16 or AMX; float32 elsewhere",
+        "AMX, or with AMD's avx512_bf16; float32 elsewhere",
     )
     group.add_argument("--seed", type=SEED, default=0, help="seed of every random choice")
     return group

@@ -277,6 +277,21 @@ def test_in_float32_nothing_is_copied_or_changed():
 
 
 @pytest.mark.parametrize(
+    ("known", "fast"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, False),  # measured: slower than float32
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": False, "amx_bf16": False, "cpu_name": "AMD EPYC"}, False),
+        ({"neon": True}, False),
+    ],
+)
+def test_which_cpus_multiply_bfloat16_fast(monkeypatch, known, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert precision.is_fast(torch.device("cpu")) is fast
+
+
+@pytest.mark.parametrize(
     ("name", "fast", "size", "chosen"),
     [
         ("auto", True, 2 * precision.LARGE_ENOUGH, LOW),
