@@ -56,6 +56,10 @@ def parse_args() -> argparse.Namespace:
     model_flags.add_argument(
         "--policy", default="models/nlg", help="folder, .gguf file or hub name of the generator to improve"
     )
+    model_flags.add_argument(
+        "--start-from", help="folder of a model that was fine-tuned from --policy: PPO goes on with it, and --policy "
+        "stays the reference",
+    )  # fmt: skip
     model_flags.add_argument("--out", default="models/nlg_ppo", help="folder to write")
     cli.add_model_flags(model_flags)
     model_flags.add_argument("--separate-value", action="store_true", help="a value network, not a head on the policy")

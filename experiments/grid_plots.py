@@ -172,6 +172,10 @@ def save_critic(results: Path) -> Path:
     return save_ablations(results, "What helps the critic")
 
 
+def save_start(results: Path) -> Path:
+    return save_ablations(results, "PPO with half of the texts: from the reference, and from supervised policies")
+
+
 def save_recipe(results: Path) -> Path:
     return save_ablations(results, "SmolLM2-135M on sentiment: one setting changed at a time")
 

@@ -59,6 +59,18 @@ def train_classifier(variant: str) -> list[str]:
     return [f"train_cls.py {flags} --rows {rows} --epochs {PASSES[rows]} {out} --seed {{seed}}"]
 
 
+SUPERVISED = "models/start/inputs/{run}"
+
+
+def train_without_ppo(variant: str) -> list[str]:
+    """best_of_8 -> the policy of that variant of `beyond`, with as many sampled texts as PPO will have."""
+    if variant == "reference":
+        return []
+    grid, half = GRIDS["beyond"], GRIDS["start"].episodes
+    where = f"--out {SUPERVISED} --results data_results/start/inputs --run {{run}}"
+    return [f"{grid.script} {grid.variants[variant]} {where} --episodes {half} --seed {{seed}} --resume"]
+
+
 # the search for the settings of pretrained models, on one task; `make pretrained TASK=sentiment` first
 HOME = "models/pretrained/sentiment"
 
@@ -115,6 +127,17 @@ GRIDS = {
         | {f"reward_weighted_beta_{beta}": f"reward_weighted --beta {beta}" for beta in (0.1, 0.2, 0.5)},
         script="experiments.without_ppo",
         shared="",
+    ),
+    "start": Grid(
+        28_160,  # the other half is what the supervised policy learned from
+        {"reference": ""}
+        | {
+            # a supervised policy has paid its KL; a high coefficient at first would take it back
+            name: f"--start-from {SUPERVISED} --kl-start 1"
+            for name in ("best_of_8", "reward_weighted_beta_0.2")
+        },
+        shared="",
+        setup=train_without_ppo,
     ),
     "overoptimisation": Grid(
         20_480,

@@ -207,9 +207,9 @@ def search(settings: Settings, task: peer_task.Task, config: dict) -> Settings:
     return dataclasses.replace(settings, lr=best["lr"], beta=best["beta"])
 
 
-def write_table(ours: Path) -> pd.DataFrame:
-    """data_results/peers.csv: a row for the run to compare with, and for every evaluated run of a peer."""
-    rows = {ours.name: peer_task.quality(ours, peer_task.minutes_of(ours))}
+def write_table(ours: list[Path]) -> pd.DataFrame:
+    """data_results/peers.csv: a row for every run to compare with, and for every evaluated run of a peer."""
+    rows = {run.name: peer_task.quality(run, peer_task.minutes_of(run)) for run in ours}
     for run in sorted(path.parent for path in RESULTS.glob("*/evaluation.json")):
         minutes = json.loads((run / "config.json").read_text(encoding="utf-8"))["minutes"]
         rows[run.name] = peer_task.quality(run, minutes)
@@ -221,7 +221,10 @@ def write_table(ours: Path) -> pd.DataFrame:
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of TRL")
-    parser.add_argument("--run", default="data_results/K2_lr_1e-3_seed0", help="folder of the run to compare with")
+    parser.add_argument(
+        "--run", nargs="+", default=["data_results/K2_lr_1e-3_seed0"],
+        help="folder of the run to compare with; those that follow, of other seeds, are put into the table as they are",
+    )  # fmt: skip
     parser.add_argument("--episodes", type=cli.COUNT, help="sampled texts in all (default: as many as the run)")
     parser.add_argument("--batch-size", type=cli.COUNT, help="sampled texts of a batch; of DPO, pairs")
     parser.add_argument("--minibatches", type=cli.COUNT, default=1, help="optimizer steps per pass over a batch")
@@ -252,11 +255,11 @@ def all_settings(args: argparse.Namespace, episodes: int) -> list[Settings]:
 
 def main() -> None:
     args = parse_args()
-    ours = Path(args.run)
-    config = peer_task.load_config(ours)
+    ours = [Path(run) for run in args.run]
+    config = peer_task.load_config(ours[0])
     every = all_settings(args, config["settings"]["episodes"])
     device = runtime.set_up("auto", args.seed)
-    task, runs = peer_task.load(config, device), [ours]
+    task, runs = peer_task.load(config, device), ours[:1]
     for settings in every:
         chosen = search(settings, task, config) if args.search else settings
         train(chosen, task, config, chosen.run)

@@ -10,6 +10,7 @@
     python -m experiments.study query_kl               # the KL penalty inside queries, with all the episodes
     python -m experiments.study critic                 # the critic first, and with a learning rate of its own
     python -m experiments.study beyond                 # best-of-n distilled and reward-weighted fine-tuning, no PPO
+    python -m experiments.study start                  # PPO with half of the texts, from those policies
     python -m experiments.study recipe --seeds 1       # settings for pretrained models
     python -m experiments.study data                   # sentiment and ethics, from the hub, or files of --source
     python -m experiments.study ablations --cluster slurm --partition gpu

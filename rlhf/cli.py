@@ -133,6 +133,8 @@ def check_lora(args: argparse.Namespace, name: str, flag: str) -> None:
         raise UserError("--lora trains with Adam: Muon is for whole matrices; leave out --optimizer muon")
     if getattr(args, "separate_value", False):
         raise UserError("--lora with --separate-value would train a second body in full; leave out one of them")
+    if getattr(args, "start_from", None):
+        raise UserError("--lora starts with adapters that change nothing; leave out --start-from")
 
 
 def add_gold_flag(group: argparse._ArgumentGroup) -> None:

@@ -51,9 +51,20 @@ def _models(args: argparse.Namespace, device: torch.device) -> tuple:
         )
     dtype = precision.choose(args.precision, device, reference.to(device))
     model = lora.trained_beside(reference, dtype, args.lora, args.policy)
+    if args.start_from:
+        _take_weights(model, tokenizer, args.start_from)
     if args.activation_checkpointing:
         activations.checkpoint_layers(model)
     return reference, model, tokenizer, dtype
+
+
+def _take_weights(model: torch.nn.Module, tokenizer, name: str) -> None:
+    """Give a copy of the reference the weights of another model with the same architecture and tokens."""
+    other, tokens = models.load_policy(name, "--start-from")
+    shapes, needed = ({key: x.shape for key, x in each.state_dict().items()} for each in (other, model))
+    if shapes != needed or tokens.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--start-from {name} must be fine-tuned from --policy, and its layers or tokens differ")
+    model.load_state_dict(other.state_dict())
 
 
 def _people(args: argparse.Namespace, device: torch.device, updates: int) -> feedback.HumanFeedback:

@@ -234,7 +234,11 @@ def test_every_method_trains_and_is_evaluated(peers_today, home, monkeypatch):
     monkeypatch.setattr(peers_today, "new_trainer", None)  # what is trained is not trained again
     done = subprocess.CompletedProcess("", 0)
     monkeypatch.setattr(subprocess, "run", lambda command, **_: done)
-    run("experiments.peers_today", *flags, cwd=home)
+    ours = [f"data_results/K2_lr_1e-3_seed{seed}" for seed in (0, 1)]
+    shutil.copytree(home / ours[0], home / ours[1])  # a run of another seed, which is in the table as it is
+    run("experiments.peers_today", *flags, "--run", *ours, cwd=home)
+    table = pd.read_csv(home / "data_results/peers.csv").run.tolist()
+    assert table == [Path(ours[0]).name, Path(ours[1]).name, *names]
 
 
 def test_a_search_takes_the_best_objective(peers_today, monkeypatch, tmp_path):

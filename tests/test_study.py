@@ -47,6 +47,22 @@ def test_a_grid_runs_once_and_says_what_failed(home, monkeypatch):
     pd.testing.assert_frame_equal(second_table, table)
 
 
+def test_ppo_goes_on_from_a_supervised_policy_with_the_other_half_of_the_texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(grid="start", only=None, seeds=1, episodes=None, retry=False, source="hub")
+    commands = study.commands_to_run(args, tmp_path / "data_results" / "start")
+    (ppo,) = commands["reference_seed0"]
+    assert "--start-from" not in ppo and value_of("--episodes", ppo) == "28160"
+    supervised, ppo = commands["best_of_8_seed0"]
+    assert supervised[:4] == ["experiments.without_ppo", "best_of_n", "--answers", "8"]
+    assert value_of("--start-from", ppo) == value_of("--out", supervised)
+    assert value_of("--episodes", ppo) == value_of("--episodes", supervised)
+
+
+def value_of(flag, command):
+    return command[command.index(flag) + 1]
+
+
 @pytest.mark.parametrize("name", ["stability", "overoptimisation", "details"])
 def test_runs_that_may_break_have_no_guard(name):
     grid = grids.GRIDS[name]
