@@ -130,12 +130,7 @@ GRIDS = {
     ),
     "start": Grid(
         28_160,  # the other half is what the supervised policy learned from
-        {"reference": ""}
-        | {
-            # a supervised policy has paid its KL; a high coefficient at first would take it back
-            name: f"--start-from {SUPERVISED} --kl-start 1"
-            for name in ("best_of_8", "reward_weighted_beta_0.2")
-        },
+        {"reference": ""} | dict.fromkeys(("best_of_8", "reward_weighted_beta_0.2"), f"--start-from {SUPERVISED}"),
         shared="",
         setup=train_without_ppo,
     ),

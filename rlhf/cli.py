@@ -192,6 +192,8 @@ def fill(args: argparse.Namespace) -> None:
         args.leave_one_out = False  # who asks for a critic gets one
     if args.leave_one_out is False and args.answers is None:
         args.answers = 1
+    if args.start_from and args.kl_start is None:
+        args.kl_start = 1.0  # a high coefficient at first would take back what the policy has gained
     recipes.choose(args, recipes.LENGTHS, args.chat)
     if args.chat and args.query_kl:
         raise UserError("--query-kl is for queries that may end earlier; with --chat none does")
@@ -236,7 +238,9 @@ def add_kl_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--kl-start",
         type=number(float, 1),
-        help=ppo_recipe("kl_start", "factor of --kl-coef at the start, falling to 1 by half of the run"),
+        help=ppo_recipe(
+            "kl_start", "factor of --kl-coef at the start, falling to 1 by half of the run; not with --target-kl"
+        ),
     )
     group.add_argument(
         "--kl",

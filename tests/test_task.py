@@ -19,6 +19,7 @@ def test_ppo_goes_on_from_another_policy_and_keeps_the_reference(chain):
     logs = {name: pd.read_csv(home / "data_results" / name / "log.csv") for name in ("K2_lr_1e-3_seed0", "second")}
     assert logs["K2_lr_1e-3_seed0"].kl[0] == pytest.approx(0, abs=1e-5)
     assert logs["second"].kl[0] > 1e-3
+    assert (logs["second"].kl_coef == 0.15).all()  # not four times as much at first, which would take the gain back
     configs = [json.loads((home / "data_results" / name / "config.json").read_text()) for name in logs]
     assert configs[0]["score_mean"] == configs[1]["score_mean"]  # that of the reference's texts, in both
 
