@@ -65,7 +65,7 @@ study: .venv/installed
 	$(BIN)/python -m experiments.study stability --seeds 5
 	$(BIN)/python -m experiments.study models
 	$(BIN)/python -m experiments.study rewards
-	$(BIN)/python -m experiments.study overoptimisation --seeds 1
+	$(BIN)/python -m experiments.study overoptimisation
 	$(BIN)/python -m experiments.study labels
 	$(BIN)/python -m experiments.hard_frames
 

@@ -137,7 +137,7 @@ GRIDS = {
     "overoptimisation": Grid(
         20_480,
         {f"kl_coef_{kl_coef}": f"--kl-coef {kl_coef}" for kl_coef in (0, 0.02, 0.05, 0.1, 0.2, 0.5)},
-        shared=UNGUARDED,
+        shared="--no-kl-guard",
     ),
     "rewards": Grid(
         20_480,
