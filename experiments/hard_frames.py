@@ -67,7 +67,7 @@ def hard_kinds() -> list[scenarios.Kind]:
 
 
 def write_texts(folder: Path, every: int = 1) -> None:
-    """data_nlg/ and as many texts of every kind of the hard frames, shuffled; of the training texts one in `every`."""
+    """data_nlg/ and as many texts of every kind of the hard frames, shuffled; of these one in `every`."""
     rng = random.Random(1)
     folder.mkdir(parents=True, exist_ok=True)
     counts = {name: scenarios.ROWS_PER_KIND[f"nlg_{name}"] for name in ("train", "valid")}
@@ -78,8 +78,8 @@ def write_texts(folder: Path, every: int = 1) -> None:
         texts["valid"] += new[counts["train"] :]
     for name, lines in texts.items():
         rng.shuffle(lines)
-        lines = lines[:: every if name == "train" else 1]
-        (folder / f"{name}.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
+        text = "".join(line + "\n" for line in lines[::every])
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
 
 
 def hard_openings() -> list[re.Pattern]:

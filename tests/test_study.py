@@ -252,6 +252,7 @@ def test_no_model_predicts_the_choice_between_equal_texts(tmp_path):
 
 
 def test_the_hard_frames_are_told_from_the_others(tmp_path):
+    hard_frames.write_texts(tmp_path / "few", every=4)
     hard_frames.write_texts(tmp_path)
     openings = hard_frames.hard_openings()
 
@@ -265,6 +266,7 @@ def test_the_hard_frames_are_told_from_the_others(tmp_path):
         assert share(lines) == pytest.approx(1 / 3)
         assert len(set(lines)) == len(lines)
         assert all(hard_frames.scenarios.judge(line).valid for line in lines[:200])
+        assert (tmp_path / "few" / f"{name}.txt").read_text(encoding="utf-8").splitlines() == lines[::4]
 
 
 def test_the_measures_of_both_kinds_of_frames(chain, monkeypatch):
