@@ -38,6 +38,7 @@ METHODS = {  # what a run's name begins with -> its label and colour; of PPO are
     "best_of_": ("best-of-n distilled, by n", GREEN),
     "reward_weighted_beta_": ("reward-weighted, by beta", PINK),
     "grpo_": ("TRL: GRPO", SKY),
+    "grpo-unscaled_": ("TRL: GRPO, not divided", ORANGE),
     "rloo_": ("TRL: RLOO", YELLOW),
     "dpo_": ("TRL: DPO", BLACK),
 }

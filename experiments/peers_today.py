@@ -10,9 +10,10 @@ texts of the reference to one query, and all of these count as episodes.
 Without the flags TRL's own defaults hold: batch size 8, one optimizer step a batch, learning rate 1e-6; GRPO 8 answers
 to a query, K 1, beta 0 (no KL); RLOO 2 answers, K 1, beta 0.05; DPO K 3, beta 0.1, and 2 answers, the fewest. The rest
 is TRL's default everywhere (AdamW, linear decay to 0, gradient norm 1, clip range 0.2, plain sampling), but for float32
-on the CPU and no gradient checkpointing. Two things are repaired: TRL encodes a prompt with the end token that a
-tokenizer from scratch puts behind a text, and gives GPT-2 no position ids for prompts that are padded on the left. DPO
-learns from log-probabilities at temperature 1, whatever the temperature of the samples; TRL has no setting for it.
+on the CPU and no gradient checkpointing. grpo-unscaled is GRPO with scale_rewards="none". Two things are repaired: TRL
+encodes a prompt with the end token that a tokenizer from scratch puts behind a text, and gives GPT-2 no position ids
+for prompts that are padded on the left. DPO learns from log-probabilities at temperature 1, whatever the temperature of
+the samples; TRL has no setting for it.
 
 --search tries the same number of learning rates and betas for each method with a quarter of the episodes, and trains
 with the best by score - kl_coef * KL on queries that neither training nor the evaluation asks. Writes policies to
@@ -44,11 +45,18 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS, RESULTS = Path("models/peers"), Path("data_results/peers")
 SEARCH_PART = 4  # a search's runs have the episodes divided by this
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-BETAS = {"grpo": (0.05, 0.15), "rloo": (0.05, 0.15), "dpo": (0.1, 0.3)}
+BETAS = {"grpo": (0.05, 0.15), "grpo-unscaled": (0.05, 0.15), "rloo": (0.05, 0.15), "dpo": (0.1, 0.3)}
 TRL_NAMES = {"batch_size": "per_device_train_batch_size", "lr": "learning_rate", "beta": "beta"}
 ONLINE_NAMES = TRL_NAMES | {"epochs": "num_iterations", "answers": "num_generations"}
 DPO_NAMES = TRL_NAMES | {"epochs": "num_train_epochs"}
 FEWEST_ANSWERS = 2
+
+
+@dataclasses.dataclass
+class UnscaledGRPOConfig(GRPOConfig):
+    """GRPO without the division by the deviation of a query's scores, as Dr. GRPO (Liu et al. 2025) has it."""
+
+    scale_rewards: str = "none"
 
 
 class PairsTrainer(DPOTrainer):
@@ -58,7 +66,12 @@ class PairsTrainer(DPOTrainer):
         return dataset
 
 
-METHODS = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer), "dpo": (DPOConfig, PairsTrainer)}
+METHODS = {
+    "grpo": (GRPOConfig, GRPOTrainer),
+    "grpo-unscaled": (UnscaledGRPOConfig, GRPOTrainer),
+    "rloo": (RLOOConfig, RLOOTrainer),
+    "dpo": (DPOConfig, PairsTrainer),
+}
 
 
 @dataclasses.dataclass(frozen=True)

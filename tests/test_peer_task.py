@@ -162,6 +162,7 @@ def peers_today():
 
 DEFAULTS = {  # trl 1.16.0: batch size, K, answers, learning rate, beta
     "grpo": (8, 1, 8, 1e-6, 0.0),
+    "grpo-unscaled": (8, 1, 8, 1e-6, 0.0),
     "rloo": (8, 1, 2, 1e-6, 0.05),
     "dpo": (8, 3, 2, 1e-6, 0.1),
 }
@@ -199,6 +200,16 @@ def test_trl_computes_the_log_probabilities_that_it_samples_with(peers_today, ta
         torch.testing.assert_close(logps[rows["completion_mask"] == 1], expected[rows["completion_mask"] == 1])
 
 
+def test_unscaled_grpo_does_not_divide_by_the_deviation_of_a_querys_scores(peers_today, task, tmp_path):
+    """Advantages are scores less their query's mean; of GRPO as it comes, these over their deviation."""
+    for method in ("grpo", "grpo-unscaled"):
+        settings = peers_today.Settings(method, 32, 0, 1, batch_size=16).filled()
+        trainer = peers_today.new_trainer(settings, task, tmp_path)
+        rows = trainer._generate_and_score_completions([{"prompt": task.queries[0]} for _ in range(8)])
+        deviation = rows["advantages"].std()
+        assert deviation > 0 and (abs(deviation - 1) < 1e-3) == (method == "grpo")
+
+
 def test_dpo_learns_from_the_sampled_tokens(peers_today, task, tmp_path):
     settings = peers_today.Settings("dpo", 32, 0, 1, batch_size=4, epochs=1).filled()
     trainer = peers_today.new_trainer(settings, task, tmp_path)
@@ -220,7 +231,9 @@ def test_every_method_trains_and_is_evaluated(peers_today, home, monkeypatch):
     flags = "--episodes 32 --batch-size 16 --minibatches 2 --lr 1e-3".split()
     run("experiments.peers_today", *flags, cwd=home)
     table = pd.read_csv(home / "data_results/peers.csv").set_index("run")
-    names = ["dpo_K3_lr_1e-3_beta_0.1_seed0", "grpo_K1_lr_1e-3_beta_0_seed0", "rloo_K1_lr_1e-3_beta_0.05_seed0"]
+    names = ["dpo_K3_lr_1e-3_beta_0.1_seed0"]
+    names += [f"grpo{scaling}_K1_lr_1e-3_beta_0_seed0" for scaling in ("-unscaled", "")]
+    names += ["rloo_K1_lr_1e-3_beta_0.05_seed0"]
     assert table.index.tolist() == ["K2_lr_1e-3_seed0", *names]
     assert (table.kl[names] > 0).all() and (table.minutes > 0).all()
     for name in names:
