@@ -18,6 +18,7 @@ from rlhf.plots import (
     RUN,
     SKY,
     SMOOTHING,
+    VIOLET,
     YELLOW,
     draw_optimum,
     load_evaluations,
@@ -38,7 +39,7 @@ METHODS = {  # what a run's name begins with -> its label and colour; of PPO are
     "best_of_": ("best-of-n distilled, by n", GREEN),
     "reward_weighted_beta_": ("reward-weighted, by beta", PINK),
     "grpo_": ("TRL: GRPO", SKY),
-    "grpo-unscaled_": ("TRL: GRPO, not divided", ORANGE),
+    "grpo-unscaled_": ("TRL: GRPO, not divided", VIOLET),
     "rloo_": ("TRL: RLOO", YELLOW),
     "dpo_": ("TRL: DPO", BLACK),
 }

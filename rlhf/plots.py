@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rlhf import distributed
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
-SKY, YELLOW, BLACK = "#56B4E9", "#E69F00", "#000000"
+SKY, YELLOW, BLACK, VIOLET = "#56B4E9", "#E69F00", "#000000", "#6A3D9A"
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 150,

@@ -59,8 +59,8 @@ def test_runs_of_other_methods_stand_beside_those_of_ppo(axes):
     drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in dots]
     assert drawn == [(end["kl"], end["score_after"]) for end in ends.values()]
     colors = [line.get_color() for line in dots]
-    assert colors == [plots.GREEN, plots.GREEN, plots.PINK, plots.BLUE, plots.SKY, plots.ORANGE]
-    kinds = ["best-of-n distilled, by n", "reward-weighted, by beta", "PPO", "TRL: GRPO"]
+    assert colors == [plots.GREEN, plots.GREEN, plots.PINK, plots.BLUE, plots.SKY, plots.VIOLET]
+    kinds = ["best-of-n distilled, by n", "reward-weighted, by beta", "PPO", "TRL: GRPO", "TRL: GRPO, not divided"]
     assert labels_of(axes) == ["optimum (estimate)", "best-of-n (upper bound of KL)", *kinds]
     assert [text.get_text() for text in axes.texts] == ["4", "4", "0.2"]  # best-of-n, and the first seeds
 
