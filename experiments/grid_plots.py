@@ -35,37 +35,44 @@ def grid_figure(results: Path) -> Path:
 # score against KL
 
 
-METHODS = {  # what a run's name begins with -> its label and colour; of PPO are all others
-    "best_of_": ("best-of-n distilled, by n", GREEN),
-    "reward_weighted_beta_": ("reward-weighted, by beta", PINK),
-    "grpo_": ("TRL: GRPO", SKY),
-    "grpo-unscaled_": ("TRL: GRPO, not divided", VIOLET),
-    "rloo_": ("TRL: RLOO", YELLOW),
-    "dpo_": ("TRL: DPO", BLACK),
+METHODS = {  # what a run's folder begins with -> its label, colour and marker; of PPO are all others
+    "beyond/best_of_": ("best-of-n distilled, by n", GREEN, "o"),
+    "beyond/reward_weighted_beta_": ("reward-weighted, by beta", PINK, "o"),
+    "start/best_of_": ("best-of-n, then PPO", GREEN, "D"),
+    "start/reward_weighted_beta_": ("reward-weighted, then PPO", PINK, "D"),
+    "peers/grpo_": ("TRL: GRPO", SKY, "o"),
+    "peers/grpo-unscaled_": ("TRL: GRPO, not divided", VIOLET, "o"),
+    "peers/rloo_": ("TRL: RLOO", YELLOW, "o"),
+    "peers/dpo_": ("TRL: DPO", BLACK, "o"),
 }
 
 
 def draw_beyond(axes, evaluations: dict[Path, dict]) -> None:
-    """The optimum, and a dot a run: the runs of the grid `beyond`, of TRL, and of PPO."""
+    """The optimum, and a dot a run: the runs of the grids `beyond` and `start`, of TRL, and of PPO."""
     draw_optimum(axes, evaluations)
     for folder, evaluation in evaluations.items():
-        method = next((method for method in METHODS if folder.name.startswith(method)), "")
-        label, color = METHODS.get(method, ("PPO", BLUE))
+        name = f"{folder.parent.name}/{folder.name}"
+        method = next((method for method in METHODS if name.startswith(method)), "")
+        label, color, marker = METHODS.get(method, ("PPO", BLUE, "o"))
         is_new = label not in axes.get_legend_handles_labels()[1]
         end = evaluation["kl"], evaluation["score_after"]
-        axes.plot(*end, "o", color=color, label=label if is_new else None, **RUN)
-        if ", by " in label and folder.name.endswith("_seed0"):
-            setting = folder.name.removeprefix(method).removesuffix("_seed0")
+        axes.plot(*end, marker, color=color, label=label if is_new else None, **RUN)
+        if ", by " in label and name.endswith("_seed0"):
+            setting = name.removeprefix(method).removesuffix("_seed0")
             axes.annotate(setting, end, (5, -12), textcoords="offset points", color=color, fontsize=8)
     axes.legend(loc="lower right")
 
 
-def save_beyond(results: Path) -> Path:
-    """The figure has the default runs of PPO and those of TRL, too, if they lie beside the grid."""
+def runs_beyond(results: Path) -> list[Path]:
+    """The run folders of the figure, those that are in `results`: all but PPO with half of the texts."""
     name = f"K{recipes.PPO['ppo_epochs'][0]}_lr_{short(recipes.PPO['lr'][0])}_seed*"
-    folders = [*results.glob("*_seed*"), *results.parent.glob(name), *results.parent.glob("peers/*_seed*")]
+    patterns = [name, "beyond/*_seed*", "start/best_of_*_seed*", "start/reward_weighted_*_seed*", "peers/*_seed*"]
+    return sorted(folder for pattern in patterns for folder in results.glob(pattern))
+
+
+def save_beyond(results: Path) -> Path:
     title = "Score and KL of each method, with the same number of sampled texts"
-    return save(grid_figure(results), title, draw_beyond, load_evaluations(sorted(folders)))
+    return save(grid_figure(results), title, draw_beyond, load_evaluations(runs_beyond(results.parent)))
 
 
 # score and held-out judge against KL

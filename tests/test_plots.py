@@ -51,16 +51,19 @@ def test_the_frontier_has_every_run_and_one_legend(axes):
 def test_runs_of_other_methods_stand_beside_those_of_ppo(axes):
     points = [{"kl": 0.0, "score": 0.0}, {"kl": 3.0, "score": 1.0}]
     shared = {"frontier": points, "best_of_n": [{"n": 4, "kl_bound": 0.6, "score": 0.5}], "trusted_up_to_kl": 2.0}
-    names = ["best_of_4_seed0", "best_of_4_seed1", "reward_weighted_beta_0.2_seed0", "K2_lr_1e-3_seed0"]
-    names += ["grpo_K2_lr_1e-4_beta_0.05_seed0", "grpo-unscaled_K2_lr_1e-4_beta_0.05_seed0"]
-    ends = {Path(name): {"kl": 0.1 * i, "score_after": 0.2 * i} for i, name in enumerate(names)}
+    names = [f"beyond/{name}" for name in ("best_of_4_seed0", "best_of_4_seed1", "reward_weighted_beta_0.2_seed0")]
+    names += ["K2_lr_1e-3_seed0", "peers/grpo_K2_lr_1e-4_beta_0.05_seed0"]
+    names += ["peers/grpo-unscaled_K2_lr_1e-4_beta_0.05_seed0", "start/reward_weighted_beta_0.2_seed0"]
+    ends = {Path("data_results") / name: {"kl": 0.1 * i, "score_after": 0.2 * i} for i, name in enumerate(names)}
     grid_plots.draw_beyond(axes, {folder: shared | end for folder, end in ends.items()})
-    dots = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    dots = [line for line in axes.get_lines() if line.get_marker() in ("o", "D")]
     drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in dots]
     assert drawn == [(end["kl"], end["score_after"]) for end in ends.values()]
     colors = [line.get_color() for line in dots]
-    assert colors == [plots.GREEN, plots.GREEN, plots.PINK, plots.BLUE, plots.SKY, plots.VIOLET]
+    assert colors == [plots.GREEN, plots.GREEN, plots.PINK, plots.BLUE, plots.SKY, plots.VIOLET, plots.PINK]
+    assert [line.get_marker() for line in dots] == [*"oooooo", "D"]  # what goes on with PPO is a diamond
     kinds = ["best-of-n distilled, by n", "reward-weighted, by beta", "PPO", "TRL: GRPO", "TRL: GRPO, not divided"]
+    kinds += ["reward-weighted, then PPO"]
     assert labels_of(axes) == ["optimum (estimate)", "best-of-n (upper bound of KL)", *kinds]
     assert [text.get_text() for text in axes.texts] == ["4", "4", "0.2"]  # best-of-n, and the first seeds
 
