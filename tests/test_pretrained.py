@@ -21,7 +21,7 @@ def commands(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "show", lambda folder: None)
     monkeypatch.setattr(pretrained.hard_frames, "write_texts", lambda folder, every: None)
     monkeypatch.setattr(
-        pretrained.hard_frames, "evaluate", lambda folder, device: started.append(("hard", str(folder)))
+        pretrained.hard_frames, "evaluate", lambda folder, device, samples: started.append(("hard", str(folder)))
     )
     return started
 
@@ -52,6 +52,7 @@ def test_real_texts_have_a_judge_of_other_labels_another_seed_and_another_archit
     assert [flag(reward, "model"), flag(judge, "model")] == [pretrained.ENCODER, pretrained.POLICY]
     assert flag(reward, "data").endswith("rows/reward") and flag(judge, "data").endswith("rows/judge")
     assert flag(reward, "seed") != flag(judge, "seed")
+    assert flag(generator, "lr") is None  # the default for pretrained models
     assert flag(generator, "model") == pretrained.POLICY and flag(generator, "data").endswith("rows/continued")
     for seed, ppo in enumerate((first, second)):
         assert flag(ppo, "policy") == flag(generator, "out")
@@ -74,6 +75,7 @@ def test_in_the_shipped_world_the_language_model_learns_its_texts_and_the_gold_j
         "figure",
     ]
     assert flag(by_script["train_nlg.py"], "model") == pretrained.POLICY
+    assert flag(by_script["train_nlg.py"], "lr") == "5e-4"
     assert flag(by_script["finetuning_nlg.py"], "policy") == flag(by_script["train_nlg.py"], "out")
     assert flag(by_script["finetuning_nlg.py"], "data") == flag(by_script["train_nlg.py"], "data")
     assert flag(by_script["finetuning_nlg.py"], "gold") is None
