@@ -47,20 +47,35 @@ METHODS = {  # what a run's folder begins with -> its label, colour and marker; 
 }
 
 
+CROWDED = {"xlim": (0.75, 1.7), "ylim": (0.88, 1.0)}  # where most methods end: KL and score
+
+
 def draw_beyond(axes, evaluations: dict[Path, dict]) -> None:
-    """The optimum, and a dot a run: the runs of the grids `beyond` and `start`, of TRL, and of PPO."""
-    draw_optimum(axes, evaluations)
-    for folder, evaluation in evaluations.items():
-        name = f"{folder.parent.name}/{folder.name}"
-        method = next((method for method in METHODS if name.startswith(method)), "")
-        label, color, marker = METHODS.get(method, ("PPO", BLUE, "o"))
-        is_new = label not in axes.get_legend_handles_labels()[1]
-        end = evaluation["kl"], evaluation["score_after"]
-        axes.plot(*end, marker, color=color, label=label if is_new else None, **RUN)
-        if ", by " in label and name.endswith("_seed0"):
-            setting = name.removeprefix(method).removesuffix("_seed0")
-            axes.annotate(setting, end, (5, -12), textcoords="offset points", color=color, fontsize=8)
-    axes.legend(loc="lower right")
+    """The optimum, and a dot a run: the runs of the grids `beyond` and `start`, of TRL, and of PPO.
+
+    Where most of them end is drawn a second time, larger.
+    """
+    inset = axes.inset_axes((0.4, 0.09, 0.57, 0.38), **CROWDED)
+    for each in (axes, inset):
+        draw_optimum(each, evaluations)
+        for folder, evaluation in evaluations.items():
+            draw_end(each, folder, (evaluation["kl"], evaluation["score_after"]))
+    inset.set(xlabel="", ylabel="", **CROWDED)
+    axes.set_ylabel("score (SD of the reference's)")
+    axes.indicate_inset_zoom(inset)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=3, fontsize=8, handletextpad=0.3)
+
+
+def draw_end(axes, folder: Path, end: tuple[float, float]) -> None:
+    """Where a run ends, in the colour of its method; the first seeds have their setting beside it."""
+    name = f"{folder.parent.name}/{folder.name}"
+    method = next((method for method in METHODS if name.startswith(method)), "")
+    label, color, marker = METHODS.get(method, ("PPO", BLUE, "o"))
+    is_new = label not in axes.get_legend_handles_labels()[1]
+    axes.plot(*end, marker, color=color, label=label if is_new else None, **RUN)
+    if ", by " in label and name.endswith("_seed0"):
+        setting = name.removeprefix(method).removesuffix("_seed0")
+        axes.annotate(setting, end, (5, -12), textcoords="offset points", color=color, fontsize=8, annotation_clip=True)
 
 
 def runs_beyond(results: Path) -> list[Path]:

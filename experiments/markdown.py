@@ -20,6 +20,8 @@ COLUMNS = {
     "right": ("reward model: right on test texts", "{:.1%}"),
     "error": ("reward model: wrong on held-out answers (chance: 75%)", "{:.0%}"),
     "approx_kl": ("`approx_kl`", "{:.5f}"),
+    "start_score": ("score at the start (SD)", "{:.2f}"),
+    "start_kl": ("KL at the start (nats)", "{:.2f}"),
     "entropy": ("entropy (nats per token)", "{:.2f}"),
     "worst_query_kl": ("KL of the worst query", "{:.1f}"),
     "worst_query_valid": ("its valid texts", "{:.0%}"),

@@ -107,11 +107,12 @@ def headline(results: Path) -> str:
 
     eight = next(best for best in runs.best_of_n.iloc[0] if best["n"] == 8)
     best = row(eight["ethics"], eight["ethical"], eight["valid"], eight["kl_bound"], None)
-    everywhere = pd.read_csv(results / "roundings.csv")
-    seeds, roundings = everywhere.seed.nunique(), everywhere.rounding.nunique()
+    on_one_machine, elsewhere = pd.read_csv(results / "roundings.csv"), report_methods.elsewhere(results)
+    seeds, roundings = on_one_machine.seed.nunique(), on_one_machine.rounding.nunique()
+    everywhere = pd.concat([on_one_machine, elsewhere])
     rows = {
         "before PPO": row(runs.ethics_before, runs.ethical_before, runs.valid_before, 0, 0),
-        f"PPO, {seeds} seeds, {roundings} ways of rounding": row(
+        f"PPO, {seeds} seeds, {roundings} ways of rounding, {len(elsewhere)} runs elsewhere": row(
             everywhere.ethics,
             everywhere.gold_ethical,
             everywhere.gold_valid,
@@ -131,8 +132,8 @@ def headline(results: Path) -> str:
         rows[title] = row(*(runs_of[column] for column in columns))
     took = (
         f"PPO took {everywhere.minutes.min():.1f} minutes on two quiet cores, {everywhere.minutes.max():.1f} without "
-        "vector instructions or beside other programs. All methods sample as many texts. TRL's have one seed each, and "
-        "settings from six short runs."
+        "vector instructions or beside other programs. All methods sample as many texts. TRL's settings are the "
+        "best of six short runs; GRPO and DPO have one seed."
     )
     return f"{table('', rows)}\n\n{wrapped(took)}"
 

@@ -7,9 +7,9 @@ import pandas as pd
 from experiments.grids import GRIDS
 from experiments.markdown import GOLD, claim, figure, files, load, section, table_of_runs
 from experiments.report_ppo import default_runs
-from rlhf import plots
+from rlhf import frontier, plots
 
-SAME_MODELS = "K2_lr_1e-3_seed0"  # the run of PPO that TRL's are compared with
+SAME_MODELS = "K2_lr_1e-3"  # the runs of PPO that TRL's are compared with
 SEEDS = 3  # of a variant, unless the table says otherwise
 TRAINERS = {"grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO"}
 IN_README = {  # title of a row -> folder of run folders, and which of these
@@ -17,30 +17,51 @@ IN_README = {  # title of a row -> folder of run folders, and which of these
         "beyond",
         "reward_weighted_beta_0.2_seed*",
     ),
-    "TRL's RLOO": ("peers", "rloo_*_seed0"),
+    "TRL's RLOO, 3 seeds": ("peers", "rloo_*_seed*"),
     "TRL's GRPO, the better of two": ("peers", "grpo_*_beta_0.15_seed0"),
     "TRL's DPO": ("peers", "dpo_*_seed0"),
 }
 
 
-def settings_of(run: str) -> pd.Series:
-    """grpo_K2_lr_3e-4_beta_0.05_seed0 -> method, lr, beta."""
-    method, _, _, lr, _, beta, _ = run.split("_")
+def settings_of(variant: str) -> pd.Series:
+    """grpo_K2_lr_3e-4_beta_0.05 -> method, lr, beta."""
+    method, _, _, lr, _, beta = variant.split("_")
     return pd.Series({"method": method, "lr": float(lr), "beta": float(beta)})
 
 
-def peers(results: Path) -> str:
-    runs = pd.read_csv(results / "peers.csv").rename(
-        columns={"run": "variant", "fraction_of_optimum": "exact_fraction"}
+def too_few(seeds: int) -> str:
+    """What a table adds to the name of a variant with fewer seeds than the others."""
+    return f" ({seeds} seed{'s' if seeds > 1 else ''})" if seeds < SEEDS else ""
+
+
+def elsewhere(results: Path) -> pd.DataFrame:
+    """Default runs of PPO on other machines than README's other runs, with models made anew: TRL's are beside them."""
+    found = [load(folder / "evaluation.json") for folder in sorted((results / "peers/ppo").glob("*_seed*"))]
+    return pd.DataFrame(
+        {
+            "fraction_of_optimum": [frontier.known_fraction(run) for run in found],
+            "ethics": [run["ethics_after"] for run in found],
+            "kl": [run["kl"] for run in found],
+            "gold_ethical": [run["gold"]["ethical_after"] for run in found],
+            "gold_valid": [run["gold"]["valid_after"] for run in found],
+        }
     )
+
+
+def peers(results: Path) -> str:
+    runs = pd.read_csv(results / "peers.csv").rename(columns={"fraction_of_optimum": "exact_fraction"})
+    runs["variant"] = runs.run.str.rpartition("_seed")[0]
     search = pd.read_csv(results / "peers_search.csv")
-    ours, theirs = runs[runs.variant == SAME_MODELS].iloc[0], runs[runs.variant != SAME_MODELS]
+    ours, theirs = runs[runs.variant == SAME_MODELS], runs[runs.variant != SAME_MODELS]
     theirs = theirs.join(theirs.variant.apply(settings_of))
-    by_setting = theirs.set_index(["method", "beta"])
-    config = load(results / "peers/ppo" / SAME_MODELS / "config.json")["settings"]
-    names = {SAME_MODELS: "this code"}
+    by_setting = theirs.set_index(["method", "beta"]).sort_index()
+    config = load(results / "peers/ppo" / f"{SAME_MODELS}_seed0" / "config.json")["settings"]
+    seeds = runs.variant.value_counts()
+    names = {SAME_MODELS: f"this code{too_few(seeds[SAME_MODELS])}"}
     for run in theirs.sort_values(["method", "beta"], ascending=False).itertuples():
-        names[run.variant] = f"{TRAINERS[run.method]}, learning rate {plots.short(run.lr)}, beta {run.beta:g}"
+        setting = f"{TRAINERS[run.method]}, learning rate {plots.short(run.lr)}, beta {run.beta:g}"
+        names[run.variant] = setting + too_few(seeds[run.variant])
+    first = runs[runs.run.str.endswith("_seed0")].set_index("variant")
     slow_dpo = search[(search.method == "dpo") & (search.lr == 1e-4)]
     tried = search.groupby("method")[["lr", "beta"]].agg(
         lambda column: ", ".join(f"{x:g}" for x in sorted(set(column)))
@@ -49,30 +70,34 @@ def peers(results: Path) -> str:
         "How does it compare with TRL's trainers of today?",
         "GRPO, RLOO and DPO of TRL 1.16.0, on the same task: the same reference, reward model, queries and evaluation, "
         f"{config['episodes']:,} sampled texts, batches of {config['batch_size']} in {config['minibatches']} "
-        f"minibatches, K = {config['ppo_epochs']}, AdamW; one seed. DPO learns from the best and the worst of two "
-        "texts of the reference to a query.",
+        f"minibatches, K = {config['ppo_epochs']}, AdamW; {SEEDS} seeds, unless the table says otherwise. DPO learns "
+        "from the best and the worst of two texts of the reference to a query.",
         "For each of them six short runs, with a quarter of the texts, tried the learning rates "
         f"{tried.lr['grpo']} with the KL coefficients {tried.beta['grpo']} (DPO's beta: {tried.beta['dpo']}). The best "
         "by score - 0.15 KL on queries that the evaluation does not ask is in the table.",
         claim(
-            ours.exact_fraction > theirs.exact_fraction.max() and ours.kl < theirs.kl.min(),
-            "This code ends nearest to the optimum, at the lowest KL, in half of the time. RLOO comes next.",
+            ours.exact_fraction.min() > theirs.exact_fraction.max() and ours.kl.max() < theirs.kl.min(),
+            "This code ends nearest to the optimum with each seed, at the lowest KL. RLOO comes next.",
         ),
         claim(
             by_setting.loc["grpo"].kl.min() > 4,
-            f"GRPO goes to {by_setting.loc['grpo', 0.05].kl:.1f} nats with the beta of its best short run, to "
-            f"{by_setting.loc['grpo', 0.15].kl:.1f} with that of the second best, so no share of the optimum is known: "
-            "it divides the scores of a query's texts by their deviation, and the more alike they become, the less the "
-            "KL counts.",
+            f"GRPO goes to {by_setting.loc[('grpo', 0.05)].kl.mean():.1f} nats with the beta of its best short run, "
+            f"and to {by_setting.loc[('grpo', 0.15)].kl.mean():.1f} with that of the second best: no share of the "
+            "optimum is known there. A likely reason: it divides the scores of a query's texts by their deviation, and "
+            "the more alike they become, the less the KL counts.",
         ),
         claim(
-            by_setting.loc["dpo", 0.3].gold_valid < 0.8,
+            by_setting.loc[("dpo", 0.3)].gold_valid.max() < 0.8,
             "DPO, whose texts are all the reference's, goes far and leaves many texts that are not valid; its short "
             f"runs at 1e-4 hardly moved ({slow_dpo.kl.min():.2f} and {slow_dpo.kl.max():.2f} nats, a score of "
             f"{slow_dpo.score.max():.2f} at most).",
         ),
-        table_of_runs("trainer", runs, names, ["exact_fraction", "score", *GOLD, "minutes"]),
-        "Each had one core of a busy machine: the minutes are for comparison only.",
+        table_of_runs("trainer", runs, names, ["exact_fraction", "score", *GOLD]),
+        claim(
+            first.minutes[SAME_MODELS] < 0.6 * first.minutes.drop(SAME_MODELS).min(),
+            f"With seed 0 each had one core of a busy machine: {first.minutes[SAME_MODELS]:.1f} minutes for this code, "
+            f"{first.minutes.drop(SAME_MODELS).min():.1f} to {first.minutes.max():.1f} for TRL's.",
+        ),
         files(results, "make peers", "peers.csv", "peers_search.csv", "peers"),
     )
 
@@ -86,7 +111,7 @@ def beyond(results: Path) -> str:
             if variant.startswith("best_of_")
             else f"weights exp(score / {variant.rpartition('_')[2]})"
         )
-        + (f" ({seeds[variant]} seed{'s' * int(seeds[variant] > 1)})" if seeds[variant] < SEEDS else "")
+        + too_few(seeds[variant])
         for variant in runs.groupby("variant").exact_fraction.mean().sort_values(ascending=False).index
     }
     ppo = default_runs(results)
@@ -118,4 +143,46 @@ def beyond(results: Path) -> str:
     )
 
 
-QUESTIONS = (peers, beyond)
+STARTS = {
+    "reference": "the reference",
+    "best_of_8": "best of 8, distilled",
+    "reward_weighted_beta_0.2": "weights exp(score / 0.2)",
+}
+
+
+def started(results: Path) -> str:
+    runs = pd.read_csv(results / "start.csv").assign(exact_fraction=lambda table: table.fraction_of_optimum)
+    for i, run in runs.iterrows():
+        path = results / f"start/inputs/{run.variant}_seed{run.seed}/log.csv"
+        kept = {"eval_score": 0.0, "eval_kl": 0.0}  # of the reference
+        if path.exists():
+            kept = pd.read_csv(path).sort_values("valid_loss").iloc[0]
+        runs.loc[i, ["start_score", "start_kl"]] = kept["eval_score"], kept["eval_kl"]
+    mean = runs.groupby("variant").mean(numeric_only=True)
+    best_of, weighted = mean.loc["best_of_8"], mean.loc["reward_weighted_beta_0.2"]
+    return section(
+        "Does PPO gain from a policy that has learned before?",
+        f"Half of the texts, {GRIDS['start'].episodes:,}, teach the reference without PPO, as above; then PPO goes on "
+        "from there with the other half, its KL measured to the reference (`--start-from`). The first row is PPO with "
+        "half of the texts, from the reference.",
+        claim(
+            best_of.start_score < 0.6 and best_of.score > mean.score["reference"] + 0.03,
+            f"After best of 8, PPO takes the score from {best_of.start_score:.2f} to {best_of.score:.2f}, further than "
+            f"from the reference ({mean.score['reference']:.2f}).",
+        ),
+        claim(
+            0.9 < weighted.start_score < weighted.score < weighted.start_score + 0.05
+            and weighted.exact_fraction > 0.96,
+            f"The weighted texts reach {weighted.start_score:.2f} themselves; PPO adds next to nothing, and ends where "
+            "it does from the reference with all of the texts.",
+        ),
+        claim(
+            (mean.gold_valid.drop("reference") < mean.gold_valid["reference"]).all(),
+            "Both starts end with fewer valid texts than the reference as the start.",
+        ),
+        table_of_runs("PPO starts from", runs, STARTS, ["start_score", "start_kl", "exact_fraction", "score", *GOLD]),
+        files(results, "python -m experiments.study start", "start.csv", "start"),
+    )
+
+
+QUESTIONS = (peers, beyond, started)
