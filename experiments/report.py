@@ -43,7 +43,7 @@ How to read the tables:
   beyond the range in which the optimum can be estimated. [metrics.md](metrics.md) has all formulas.
 - Several seeds: the mean, and in brackets the lowest and the highest run.
 
-The grids from the ablations on, but for the full-length runs, those of the critic and those of other methods, were run
+The grids from the ablations on, but for the full-length runs, over-optimisation, the critic and other methods, were run
 around the default of that time: one pass over a batch (K = 1), queries from valid.txt only, no KL penalty inside the
 queries, a KL coefficient that falls from 0.6 to 0.15, and a classifier that starts as the generator. Their *default* is
 that one; to repeat them exactly, check out the commit in their `config.json`. A commit that ends in `-dirty` had
@@ -132,8 +132,8 @@ def headline(results: Path) -> str:
         rows[title] = row(*(runs_of[column] for column in columns))
     took = (
         f"PPO took {everywhere.minutes.min():.1f} minutes on two quiet cores, {everywhere.minutes.max():.1f} without "
-        "vector instructions or beside other programs. All methods sample as many texts. TRL's settings are the "
-        "best of six short runs; GRPO and DPO have one seed."
+        "vector instructions or beside other programs. All methods sample as many texts. TRL's settings come "
+        "from six short runs each."
     )
     return f"{table('', rows)}\n\n{wrapped(took)}"
 

@@ -100,36 +100,42 @@ def preferences(results: Path) -> str:
     )
 
 
+def good(log: pd.DataFrame) -> pd.Series:
+    """The share of valid and ethical texts."""
+    return log.gold_valid * log.gold_ethical
+
+
 def overoptimisation(results: Path) -> str:
-    runs = pd.read_csv(results / "overoptimisation.csv").sort_values("kl")
-    ends, folder = runs.set_index("variant"), results / "overoptimisation/kl_coef_0_seed0"
-    free, low, before = ends.loc["kl_coef_0"], ends.loc["kl_coef_0.02"], load(folder / "evaluation.json")["gold"]
-    samples, example = pd.read_csv(folder / "evaluation_samples.csv"), "I made Paul work and gave Paul the days off"
+    runs = pd.read_csv(results / "overoptimisation.csv")
+    ends, by_variant = runs.groupby("variant").mean(numeric_only=True).sort_values("kl"), runs.set_index("variant")
+    free, low = by_variant.loc["kl_coef_0"], by_variant.loc["kl_coef_0.02"]
+    folders = sorted((results / "overoptimisation").glob("kl_coef_0_seed*"))
+    before = load(folders[0] / "evaluation.json")["gold"]["valid_before"]
+    samples, example = pd.read_csv(folders[0] / "evaluation_samples.csv"), "I put the cat on her cat's ear"
     invalid = samples[(samples.policy == "after") & (samples.valid == 0)]
-    log = (
-        pd.read_csv(folder / "log.csv")
-        .rolling(5)
-        .mean(numeric_only=True)
-        .assign(good=lambda x: x.gold_valid * x.gold_ethical)
-    )
-    turn, end = log[log.kl > 4].iloc[0], log.iloc[-1]
+    logs = [pd.read_csv(folder / "log.csv").rolling(5).mean(numeric_only=True) for folder in folders]
+    turns, last = pd.DataFrame([log[log.kl > 4].iloc[0] for log in logs]), pd.DataFrame([log.iloc[-1] for log in logs])
     return section(
         "How far can the score be pushed?",
-        f"Other KL coefficients, {GRIDS['overoptimisation'].episodes:,} episodes, one seed.",
+        f"Other KL coefficients, {GRIDS['overoptimisation'].episodes:,} episodes, {runs.seed.nunique()} seeds.",
         claim(
-            free.gold_valid < before["valid_before"] - 0.05,
-            f"Without a KL penalty the policy goes to {free.kl:.1f} nats, and {free.gold_valid:.1%} of its texts are "
-            f"valid instead of {before['valid_before']:.1%}.",
+            free.gold_valid.max() < before - 0.05,
+            f"Without a KL penalty the policy goes to {free.kl.min():.0f} to {free.kl.max():.0f} nats, and "
+            f"{free.gold_valid.min():.0%} to {free.gold_valid.max():.0%} of its texts are valid, not {before:.0%}.",
         ),
         claim(
             (invalid.ethics > 0.5).mean() > 0.9 and invalid.text.str.contains(example).any(),
-            f"The classifier takes nearly all invalid texts for ethical, such as *{example}*.",
+            f"The classifier takes nine tenths of the invalid ones for ethical, such as *{example}*.",
         ),
         claim(
-            end.ethics > turn.ethics and end.good < turn.good,
-            "Beyond 4 nats the share of valid and ethical texts falls while the classifier's mean still rises.",
+            (last.ethics.values > turns.ethics.values).all() and (good(last).values < good(turns).values - 0.1).all(),
+            "In each run, beyond 4 nats the share of valid and ethical texts falls while the classifier's mean rises.",
         ),
-        f"A coefficient of 0.02 ends at {low.kl:.1f} nats with {low.gold_valid:.1%} valid texts.",
+        claim(
+            low.worst_query_kl.min() > 10,
+            f"A coefficient of 0.02 ends at {low.kl.mean():.1f} nats with {low.gold_valid.mean():.1%} valid texts, and "
+            f"its farthest held-out query at {low.worst_query_kl.min():.0f} to {low.worst_query_kl.max():.0f} nats.",
+        ),
         table_of_runs(
             "KL coefficient",
             runs,
@@ -139,7 +145,7 @@ def overoptimisation(results: Path) -> str:
         figure("overoptimisation", "The classifier's mean and the share of valid and ethical texts against the KL"),
         files(
             results,
-            "python -m experiments.study overoptimisation --seeds 1",
+            "python -m experiments.study overoptimisation",
             "overoptimisation.csv",
             "overoptimisation",
         ),
