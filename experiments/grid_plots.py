@@ -197,7 +197,7 @@ def save_critic(results: Path) -> Path:
 
 
 def save_start(results: Path) -> Path:
-    return save_ablations(results, "PPO with half of the texts: from the reference, and from supervised policies")
+    return save_ablations(results, "PPO with half of the texts, by its start")
 
 
 def save_recipe(results: Path) -> Path:

@@ -181,6 +181,7 @@ def started(results: Path) -> str:
             "Both starts end with fewer valid texts than the reference as the start.",
         ),
         table_of_runs("PPO starts from", runs, STARTS, ["start_score", "start_kl", "exact_fraction", "score", *GOLD]),
+        figure("start", "The share of the optimum of PPO with half of the texts, a bar a start"),
         files(results, "python -m experiments.study start", "start.csv", "start"),
     )
 
