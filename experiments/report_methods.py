@@ -1,5 +1,6 @@
 """Questions about other methods than PPO, a function a section of docs/results.md, as in experiments/report_ppo.py."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -34,9 +35,9 @@ def too_few(seeds: int) -> str:
     return f" ({seeds} seed{'s' if seeds > 1 else ''})" if seeds < SEEDS else ""
 
 
-def elsewhere(results: Path) -> pd.DataFrame:
-    """Default runs of PPO on other machines than README's other runs, with models made anew: TRL's are beside them."""
-    found = [load(folder / "evaluation.json") for folder in sorted((results / "peers/ppo").glob("*_seed*"))]
+def ends(folders: Iterable[Path]) -> pd.DataFrame:
+    """What evaluate_nlg.py found of runs, a row each, in the columns that a grid's table has."""
+    found = [load(folder / "evaluation.json") for folder in sorted(folders)]
     return pd.DataFrame(
         {
             "fraction_of_optimum": [frontier.known_fraction(run) for run in found],
@@ -44,7 +45,8 @@ def elsewhere(results: Path) -> pd.DataFrame:
             "kl": [run["kl"] for run in found],
             "gold_ethical": [run["gold"]["ethical_after"] for run in found],
             "gold_valid": [run["gold"]["valid_after"] for run in found],
-        }
+        },
+        dtype=float,
     )
 
 
