@@ -1,12 +1,12 @@
 # make             the whole pipeline on the shipped data
 # make test        the linter and the tests
-# make study       every grid of runs, after make, for hours
+# make study       the grids of runs that need nothing else, after make, for hours
 # make peer        TRL's PPOTrainer on the same task, after make
 # make peers       TRL's GRPO, RLOO and DPO on the same task, each after a search of the same size, after make, for hours
 # make report      docs/results.md, docs/log.md and the tables of README.md, from data_results/
 # make bench       seconds of every stage, after make
 # make gpu-check   what only a GPU can show, some 15 minutes
-# make pretrained  the pipeline with SmolLM2-135M and MiniLM from packages; TASK=sentiment|ethics with DATA=folder|hub
+# make pretrained  the pipeline with SmolLM2-135M and MiniLM; TASK=sentiment|ethics DATA=folder|hub, SEEDS=3
 # make gpt2        the same with GPT-2, RoBERTa and ETHICS from the hub, on a GPU; FULL=1 for the settings of [3]
 # make clean       remove what make made, except .venv and data_results/
 # make help        these lines
@@ -40,8 +40,9 @@ test: .venv/installed
 
 TASK ?= world
 DATA ?= hub
+SEEDS ?= 1
 pretrained: .venv/pretrained
-	$(BIN)/python -m experiments.pretrained $(TASK) --source $(DATA)
+	$(BIN)/python -m experiments.pretrained $(TASK) --source $(DATA) --seeds $(SEEDS)
 
 # needs the network for models and data. FULL=1: [3]'s hyper-parameters and its million episodes
 gpt2: .venv/installed
@@ -67,6 +68,10 @@ study: .venv/installed
 	$(BIN)/python -m experiments.study rewards
 	$(BIN)/python -m experiments.study overoptimisation
 	$(BIN)/python -m experiments.study labels
+	$(BIN)/python -m experiments.study critic
+	$(BIN)/python -m experiments.study query_kl
+	$(BIN)/python -m experiments.study beyond
+	$(BIN)/python -m experiments.study start
 	$(BIN)/python -m experiments.hard_frames
 
 benchmarks/.venv/installed: requirements.txt benchmarks/requirements.txt

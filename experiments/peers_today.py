@@ -214,7 +214,7 @@ def search(settings: Settings, task: peer_task.Task, config: dict) -> Settings:
     if path.exists():
         before = pd.read_csv(path)
         table = pd.concat([before[(before.method != settings.method) | (before.seed != settings.seed)], table])
-    table.round(4).to_csv(path, index=False, lineterminator="\n")
+    table.round(6).to_csv(path, index=False, lineterminator="\n")
     print(pd.DataFrame(rows).round(4).to_string(index=False))
     best = max(rows, key=lambda row: row["objective"])
     return dataclasses.replace(settings, lr=best["lr"], beta=best["beta"])
@@ -226,7 +226,7 @@ def write_table(ours: list[Path]) -> pd.DataFrame:
     for run in sorted(path.parent for path in RESULTS.glob("*/evaluation.json")):
         minutes = json.loads((run / "config.json").read_text(encoding="utf-8"))["minutes"]
         rows[run.name] = peer_task.quality(run, minutes)
-    table = pd.DataFrame(rows).T.rename_axis("run").round(4)
+    table = pd.DataFrame(rows).T.rename_axis("run").round(6)
     table.to_csv(f"{RESULTS}.csv", lineterminator="\n")
     return table
 

@@ -1,7 +1,7 @@
 """PPO on pretrained weights: a language model of 135M writes, an encoder of 22M is the reward, another model judges.
 
     make pretrained                               # the shipped world
-    make pretrained TASK=sentiment                # SST-2 from the hub; DATA=FOLDER for downloaded files
+    make pretrained TASK=sentiment SEEDS=3        # SST-2 from the hub; DATA=FOLDER for downloaded files
     make pretrained TASK=ethics                   # Moral Stories and ETHICS
     python -m experiments.pretrained ethics --source hub --policy gpt2 --encoder roberta-base      # make gpt2
 

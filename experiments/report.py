@@ -42,11 +42,11 @@ How to read the tables:
   beyond the range in which the optimum can be estimated. [metrics.md](metrics.md) has all formulas.
 - Several seeds: the mean, and in brackets the lowest and the highest run.
 
-The grids from the ablations on, but for the full-length runs, over-optimisation, the critic and other methods, were run
-around the default of that time: one pass over a batch (K = 1), queries from valid.txt only, no KL penalty inside the
-queries, a KL coefficient that falls from 0.6 to 0.15, and a classifier that starts as the generator. Their *default* is
-that one; to repeat them exactly, check out the commit in their `config.json`. A commit that ends in `-dirty` had
-changes that were not committed.
+The ablations, wrong details, stability, other generators, real texts, numbers of answers and weak reward models were
+run around the default of that time: one pass over a batch (K = 1), queries from valid.txt only, no KL penalty inside
+the queries, a KL coefficient that falls from 0.6 to 0.15, and a classifier that starts as the generator. Their
+*default* is that one; to repeat them exactly, check out the commit in their `config.json`. A commit that ends in
+`-dirty` had changes that were not committed.
 
 All runs are on two CPU cores, and on the shipped texts unless the section says otherwise. Speed is in
 [benchmarks/RESULTS.md](../benchmarks/RESULTS.md); killed runs, broken input and precision are in
@@ -110,23 +110,23 @@ def headline(results: Path) -> str:
     on_one_machine = pd.read_csv(results / "roundings.csv")
     elsewhere = report_methods.ends((results / "peers/ppo").glob("*_seed*"))
     seeds, roundings = on_one_machine.seed.nunique(), on_one_machine.rounding.nunique()
+    runs_of_ppo = pd.concat([on_one_machine, elsewhere])
+    of_which = f"{seeds} seeds x {roundings} instruction sets, and {len(elsewhere)} later"
 
     def after(ends: pd.DataFrame) -> dict[str, str]:
         return row(ends.ethics, ends.gold_ethical, ends.gold_valid, ends.kl, ends.fraction_of_optimum)
 
     rows = {
         "before PPO": row(runs.ethics_before, runs.ethical_before, runs.valid_before, 0, 0),
-        f"PPO, {seeds} seeds, {roundings} ways of rounding, {len(elsewhere)} runs elsewhere": after(
-            pd.concat([on_one_machine, elsewhere])
-        ),
+        f"PPO, {len(runs_of_ppo)} runs ({of_which})": after(runs_of_ppo),
         "best of 8 samples": best | {"KL (nats)": f"at most {best['KL (nats)']}"},
     }
     for title, (where, pattern) in report_methods.IN_README.items():
         rows[title] = after(report_methods.ends((results / where).glob(pattern)))
     took = (
-        f"PPO took {on_one_machine.minutes.min():.1f} minutes on two quiet cores, "
-        f"{on_one_machine.minutes.max():.1f} without vector instructions or beside other programs. All methods sample "
-        "as many texts. TRL's settings come from six short runs each."
+        f"PPO's updates took {on_one_machine.minutes.min():.1f} minutes on two quiet cores, "
+        f"{on_one_machine.minutes.max():.1f} without vector instructions. All methods sample as many texts. TRL's "
+        "settings are the best of six short runs each, GRPO's the second best, which ended better than the best."
     )
     return f"{table('', rows)}\n\n{wrapped(took)}"
 

@@ -195,7 +195,7 @@ def generators(results: Path) -> str:
             "generator", runs, {name: name.replace("_", " ") for name in share.index}, ["fraction_of_optimum", *GOLD]
         ),
         figure("models", "Share of the optimum by generator"),
-        files(results, "python -m experiments.study models", "models.csv"),
+        files(results, "python -m experiments.study models", "models.csv") + " The run folders were not kept.",
     )
 
 

@@ -14,12 +14,12 @@ SAME_MODELS = "K2_lr_1e-3"  # the runs of PPO that TRL's are compared with
 SEEDS = 3  # of a variant, unless the table says otherwise
 TRAINERS = {"grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO"}
 IN_README = {  # title of a row -> folder of run folders, and which of these
-    "no PPO: its own texts, by exp(score / 0.2), 3 seeds": (
+    "reward-weighted fine-tuning, no PPO, 3 seeds": (
         "beyond",
         "reward_weighted_beta_0.2_seed*",
     ),
     "TRL's RLOO, 3 seeds": ("peers", "rloo_*_seed*"),
-    "TRL's GRPO, the better of two, 2 seeds": ("peers", "grpo_*_beta_0.15_seed*"),
+    "TRL's GRPO, beta 0.15, 2 seeds": ("peers", "grpo_*_beta_0.15_seed*"),
     "TRL's DPO, 1 seed": ("peers", "dpo_*_seed0"),
 }
 
@@ -73,10 +73,12 @@ def peers(results: Path) -> str:
         "GRPO, RLOO and DPO of TRL 1.16.0, on the same task: the same reference, reward model, queries and evaluation, "
         f"{config['episodes']:,} sampled texts, batches of {config['batch_size']} in {config['minibatches']} "
         f"minibatches, K = {config['ppo_epochs']}, AdamW; {SEEDS} seeds, unless the table says otherwise. DPO learns "
-        "from the best and the worst of two texts of the reference to a query.",
+        "from the best and the worst of two texts of the reference to a query. GRPO has 8 texts to a query, RLOO 2, "
+        "this code 1.",
         "For each of them six short runs, with a quarter of the texts, tried the learning rates "
         f"{tried.lr['grpo']} with the KL coefficients {tried.beta['grpo']} (DPO's beta: {tried.beta['dpo']}). The best "
-        "by score - 0.15 KL on queries that the evaluation does not ask is in the table.",
+        "by score - 0.15 KL on queries that the evaluation does not ask is in the table, and of GRPO the second best, "
+        "which ends better.",
         claim(
             ours.exact_fraction.min() > theirs.exact_fraction.max() and ours.kl.max() < theirs.kl.min(),
             "This code ends nearest to the optimum with each seed, at the lowest KL. RLOO comes next.",
@@ -92,7 +94,8 @@ def peers(results: Path) -> str:
             by_setting.loc[("dpo", 0.3)].gold_valid.max() < 0.8,
             "DPO, whose texts are all the reference's, goes far and leaves many texts that are not valid; its short "
             f"runs at 1e-4 hardly moved ({slow_dpo.kl.min():.2f} and {slow_dpo.kl.max():.2f} nats, a score of "
-            f"{slow_dpo.score.max():.2f} at most).",
+            f"{slow_dpo.score.max():.2f} at most). TRL's DPO has no temperature: it fits log-probabilities at 1, while "
+            "texts are sampled and the KL is measured at 0.7, which may be a part of this.",
         ),
         table_of_runs("trainer", runs, names, ["exact_fraction", "score", *GOLD]),
         claim(
@@ -100,7 +103,8 @@ def peers(results: Path) -> str:
             f"With seed 0 each had one core of a busy machine: {first.minutes[SAME_MODELS]:.1f} minutes for this code, "
             f"{first.minutes.drop(SAME_MODELS).min():.1f} to {first.minutes.max():.1f} for TRL's.",
         ),
-        files(results, "make peers", "peers.csv", "peers_search.csv", "peers"),
+        files(results, "make peers", "peers.csv", "peers_search.csv", "peers")
+        + " It makes the searches and seed 0; the command of every other row is in its `config.json`.",
     )
 
 

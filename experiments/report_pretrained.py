@@ -94,10 +94,10 @@ def pretrained(results: Path) -> str:
         "Read one by one, the texts are English, and reviews. They turn a negative opening around (*slow, drab, "
         "somewhat amusing, and really enjoyable*; *extremely unfunny, yet remarkable*), are shorter, and praise in "
         "stock words: *good*, *excellent*, *beautiful*. What a film is about is said less often.",
-        "RL4LMs has 0.49 → 0.61 for the mean of a reward model with GPT-2 on IMDB, at a perplexity of 32.2 → 33.5, and "
-        "TRL's example a mean logit of 0.51 → 1.68. These are the same kind of number; texts, reward models, lengths "
-        "and episodes differ.",
-        files(results, "make pretrained TASK=sentiment DATA=...", "pretrained")
+        "RL4LMs has 0.49 → 0.61 for the mean of a reward model with GPT-2 on IMDB, at a perplexity of 32.2 → 33.5 "
+        "(allenai/RL4LMs, issue 28), and TRL's notebook gpt2-sentiment a mean logit of 0.16 → 1.69 over 16 texts "
+        "(commit f5f2472). These are the same kind of number; texts, reward models, lengths and episodes differ.",
+        files(results, "make pretrained TASK=sentiment DATA=... SEEDS=3", "pretrained")
         + " Twenty random pairs of texts before and after PPO are in `pairs.csv` of every run, and in the notebook.",
     )
 
@@ -168,8 +168,9 @@ def trials(results: Path) -> str:
             f"({others.kl:.2f} against {alone.kl:.2f} nats), in one seed. It is the default for pretrained models, "
             "unless a flag asks for a critic.",
         ),
-        files(results, "python -m experiments.study recipe --seeds 1", "pretrained/trials")
-        + " The command of each trial is in its `config.json`.",
+        files(results, "finetuning_nlg.py ...", "pretrained/trials")
+        + " The whole command of each trial is in its `config.json`. A grid around the default, not run yet: "
+        "`python -m experiments.study recipe --seeds 1`.",
     )
 
 

@@ -49,7 +49,7 @@ def main() -> None:
         if not all((folder / "evaluation.json").exists() for folder in runs):
             run(f"evaluate_nlg.py --run {' '.join(map(str, runs))}", **environment)
         rows += [{"rounding": name} | row(folder) for folder in runs]
-        pd.DataFrame(rows).round(4).to_csv("data_results/roundings.csv", index=False, lineterminator="\n")
+        pd.DataFrame(rows).round(6).to_csv("data_results/roundings.csv", index=False, lineterminator="\n")
     table = pd.DataFrame(rows)
     print(table.drop(columns=["variant", "broken"]).to_string(index=False, float_format="%.3f"))
     print("table: data_results/roundings.csv")

@@ -67,7 +67,7 @@ def main() -> None:
     run_all(args, commands_to_run(args, results), results)
     evaluate(GRIDS[args.grid].evaluation, results)
     table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*"))])
-    table.round(4).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
+    table.round(6).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
     print(frontier.summary(table).to_string(float_format="%.3f"))
     print(f"table: {results.with_suffix('.csv')}")
     print(f"figure: {getattr(grid_plots, f'save_{args.grid}')(results)}")
