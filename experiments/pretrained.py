@@ -14,6 +14,7 @@ fig_<task>.png. Where other models are given, their names follow the task's. Goe
 
 import argparse
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -37,7 +38,7 @@ LENGTHS = {
 EVALUATION = "--queries 32 --samples 16 --reference-samples 256 --batch-size 256"
 HARD_SAMPLES = 8  # responses to each of hard_frames' queries: a large model takes its time
 PAIRS, SHOWN = 20, 4  # texts before and after in pairs.csv, and those that are printed at the end
-QUERY_WORDS = 8  # of a query in pairs.csv: rows of real data stay where they are
+QUERY_WORDS = 8  # of a query in what is kept: rows of real data stay where they are
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,6 +75,7 @@ def main() -> None:
     plots.save(RESULTS / f"fig_{name}.png", title, plots.draw_frontier, plots.load_evaluations(runs))
     for folder in runs:
         write_pairs(folder)
+        cut_worst_query(folder)
     show(runs[0])
 
 
@@ -132,6 +134,13 @@ def write_pairs(folder: Path) -> None:
     pairs.index = [beginning(query) for query in pairs.index]
     pairs.index.name = "query"
     pairs.to_csv(folder / "pairs.csv", lineterminator="\n")
+
+
+def cut_worst_query(folder: Path) -> None:
+    path = folder / "evaluation.json"
+    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    evaluation["worst_query"]["query"] = beginning(evaluation["worst_query"]["query"])
+    runtime.write_json(path, evaluation)
 
 
 def beginning(query: str) -> str:

@@ -1,11 +1,13 @@
 """The pipeline on pretrained weights: which commands it runs; tests/test_hub.py has its data."""
 
+import json
 import re
 
 import pandas as pd
 import pytest
 
 from experiments import pretrained
+from rlhf import runtime
 from tests.conftest import ROOT, refused
 
 
@@ -17,6 +19,7 @@ def commands(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "run", lambda command: started.append(command.partition(" ")[::2]))
     monkeypatch.setattr(pretrained, "unpack", lambda folder: started.append(("unpack", folder)))
     monkeypatch.setattr(pretrained, "write_pairs", lambda folder: None)
+    monkeypatch.setattr(pretrained, "cut_worst_query", lambda folder: None)
     monkeypatch.setattr(pretrained.plots, "save", lambda path, *_: started.append(("figure", str(path))))
     monkeypatch.setattr(pretrained, "show", lambda folder: None)
     monkeypatch.setattr(pretrained.hard_frames, "write_texts", lambda folder, every: None)
@@ -120,6 +123,18 @@ def test_a_long_query_is_cut_in_the_pairs():
     assert pretrained.beginning("one two three four five six seven eight nine") == (
         "one two three four five six seven eight ..."
     )
+
+
+def test_the_worst_query_is_cut_once(tmp_path):
+    worst = {"query": "one two three four five six seven eight nine ten", "kl": 2.5}
+    runtime.write_json(tmp_path / "evaluation.json", {"worst_query": worst, "kl": 1.5})
+    for _ in range(2):
+        pretrained.cut_worst_query(tmp_path)
+        found = json.loads((tmp_path / "evaluation.json").read_text())
+        assert found == {
+            "worst_query": {"query": "one two three four five six seven eight ...", "kl": 2.5},
+            "kl": 1.5,
+        }
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):
