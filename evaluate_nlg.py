@@ -32,6 +32,7 @@ SHARED = "policy reward data data_config data_revision text_column query_length 
 SHARED += ["stop", "stop_after", "missing_stop_score", "chat", "reward_sees"]  # settings that runs must have in common
 TRUSTED_ESS = 30  # below this many effective samples a query, the optimum is not known well
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+MEND = "train every run with an --out of its own, or name its policy with --policy"
 OLDER = {"chat": False, "reward_sees": "both"}  # settings that older runs lack
 Evaluate = Callable[[list[str], list[str], torch.Tensor], pd.DataFrame]  # queries, texts, terminated -> a row a text
 
@@ -70,6 +71,22 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
         raise UserError(f"--run {folder} is no run folder of finetuning_nlg.py: {error!r}") from error
 
 
+def load_tuned(folder: str | None, run: Path, trained: argparse.Namespace, tokenizer):
+    """The policy of a run, from --policy or the run's --out, which may hold that of a later run by now."""
+    name = folder or trained.out
+    record = Path(name) / models.RECORD
+    if folder is None and record.exists():  # older models have none
+        made = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        if (made["results"], made["run"]) != (trained.results, trained.run):
+            raise UserError(
+                f"{name} has the policy of {made['results']}/{made['run']} by now, and not of {run}; {MEND}"
+            )
+    policy, its_tokenizer = models.load_policy(name, "--policy")
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--policy {name} has another vocabulary than its reference {trained.policy}")
+    return policy
+
+
 def shared_settings(runs: dict[Path, tuple[argparse.Namespace, dict]]) -> argparse.Namespace:
     """The settings of the first of the runs, which the others must share where it matters."""
     (first, (settings, _)), *others = runs.items()
@@ -89,7 +106,7 @@ def main() -> None:
     # data and models
     source = trained.data, trained.data_config, trained.data_revision, trained.text_column
     texts = prompting.load(trained.chat, *source)
-    reference, tokenizer = models.load_policy(trained.policy, "--policy", trained.chat)
+    reference, tokenizer = models.load_policy(trained.policy, "the reference", trained.chat)
     prompts = prompting.new(trained.chat, tokenizer, trained.reward_sees)
     reference.to(device)
     dtype = precision.choose(args.precision, device, reference)
@@ -100,6 +117,8 @@ def main() -> None:
     judge = gold.load_judge(args.gold, valid_texts, device, args.precision)
     held_out = prompts.held_out_queries(texts, trained.query_length)
     queries = random.Random(args.seed).sample(held_out, min(args.queries, len(held_out)))
+    for run, (trained, _) in runs.items():
+        load_tuned(args.policy, run, trained, tokenizer)  # what cannot be evaluated is refused before the long part
 
     # the reference's many samples, from which the optimum is estimated, and its answers to compare with
     def evaluate(queries: list[str], texts: list[str], terminated: torch.Tensor) -> pd.DataFrame:
@@ -118,7 +137,7 @@ def main() -> None:
 
     # the policies: what they gained, and at what KL
     for run, (trained, config) in runs.items():
-        policy, _ = models.load_policy(args.policy or trained.out, "--policy")
+        policy = load_tuned(args.policy, run, trained, tokenizer)
         after = draw_answers(precision.freeze(policy.to(device), dtype), reference, label=run.name, **draw)
         reward.load_state_dict(config)
         for samples in (pool, before, after):

@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
         "--start-from", help="folder of a model that was fine-tuned from --policy: PPO goes on with it, and --policy "
         "stays the reference",
     )  # fmt: skip
-    model_flags.add_argument("--out", default="models/nlg_ppo", help="folder to write")
+    model_flags.add_argument("--out", type=cli.folder, default="models/nlg_ppo", help="folder to write")
     cli.add_model_flags(model_flags)
     model_flags.add_argument("--separate-value", action="store_true", help="a value network, not a head on the policy")
     cli.add_chat_flags(parser.add_argument_group("chat models"))
@@ -138,7 +138,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
         rollout = collect(
             policy, reference, *prompts.encode(batch, device), sampling, sample_rng,
             forward_batch=args.forward_batch, minibatches=minibatches,
-            shortest_query=querying.shortest_query(args.query_length) if args.query_kl else None,
+            shortest_query=querying.shortest_row(prompts.tokenizer, args.query_length) if args.query_kl else None,
         )  # fmt: skip
         clock.lap("rollout")
 
@@ -304,7 +304,7 @@ def finish(args, policy, reward, prompts, sampling, human, log, evaluations, kl_
         print(f"\n{out} is the policy after update {chosen.update}, {chosen.reason}")
     if human:
         outputs.save_reward_model(args, human, log.folder, provenance)
-    kl_guard.raise_if_stopped(args.out, saved_to=out)
+    kl_guard.raise_if_stopped(args.out, saved_to=out, update=chosen.update if chosen else log.last_row["update"])
 
 
 def show(args: argparse.Namespace, prompts, queries: list[str], texts_before: list[str], texts_after: list[str]):

@@ -269,7 +269,7 @@ def update(
             metrics, deviation, norm = minibatch_step(policy, reference, optimizer, rollout, targets, rows, settings)
             if steps == 0:
                 first_deviation = all_reduce(deviation, "max")
-            is_finite = norm.isfinite()  # no `if`, for which the host would wait
+            is_finite = norm.isfinite()  # no `if`: the host has waited in the optimizer, once is enough
             sums += torch.cat([all_reduce(metrics), norm.unsqueeze(0)]).where(is_finite, 0.0)
             steps_taken += is_finite
             steps += 1

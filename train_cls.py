@@ -37,6 +37,7 @@ from rlhf import (
     supervised,
 )
 from rlhf.data import Choices
+from rlhf.errors import UserError
 from rlhf.supervised import FitSettings
 
 LABELS = {0: "negative", 1: "positive"}
@@ -57,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
-    model.add_argument("--out", default="models/cls", help="folder to write")
+    model.add_argument("--out", type=cli.folder, default="models/cls", help="folder to write")
     cli.add_model_flags(model)
     training = parser.add_argument_group("training")
     recipe = functools.partial(recipes.described, recipes.CLASSIFIER)
@@ -132,21 +133,24 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
         activations.checkpoint_layers(model)
     precision.set_precision(model, dtype)
     max_length = min(args.max_length, models.max_length(model, tokenizer))
-    ids = supervised.encode(tokenizer, training.texts, max_length)
+    tokenizer.model_max_length = max_length  # where every script that scores with this model cuts texts, too
+    ids = tokenizer(training.texts, truncation=True)["input_ids"]
 
     # fit: language modelling, then labels or comparisons
     lm_settings, choice_settings = fit_settings(args)
     if lm_settings.epochs and checkpoints.stage != CHOICE_STAGE:
         lm_ids = [supervised.encode(tokenizer, lm_texts[name], max_length) for name in ("train", "valid")]
         fit_language_model(model, *lm_ids, tokenizer.pad_token_id, lm_settings, device, checkpoints)
+    if compares:
+        rewards.reset_head(model)
     history = fit_choices(
         model, tokenizer, ids, training, splits["valid"], args.label_smoothing, choice_settings, device, checkpoints
     )
 
     # report
+    results = {name: measure_split(model, tokenizer, split, device) for name, split in splits.items()}
     if compares:
         rewards.calibrate_head(model, tokenizer, training.texts[:CALIBRATION_TEXTS])
-    results = {name: measure_split(model, tokenizer, split, device) for name, split in splits.items()}
     record = {"results": results, "history": history, "settings": vars(args)} | runtime.provenance(device, dtype)
     save(args, model, tokenizer, record)
 
@@ -166,7 +170,7 @@ def load_model(name: str, texts: list[str], labels: dict[int, str]):
     """The reward model before training, with an output for each of `labels`, and its tokenizer."""
     outputs = {"num_labels": len(labels), "id2label": labels, "label2id": {label: i for i, label in labels.items()}}
     if not models.is_scratch(name):
-        return models.load_pretrained(AutoModelForSequenceClassification, name, "--model", **outputs)
+        return models.load_pretrained(AutoModelForSequenceClassification, name, "--model", new_head=True, **outputs)
     tokenizer = models.scratch_tokenizer(texts)
     config = models.scratch_config(tokenizer, name)
     config.update(outputs)
@@ -183,6 +187,10 @@ def fit_language_model(
     checkpoints: checkpoint.Checkpoints,
 ) -> None:
     """Language modelling with the classifier's own body, under an output layer that is thrown away."""
+    if supervised.reads_ahead(model.base_model):
+        raise UserError(
+            "--lm-epochs is for models that read from left to right, and --model is an encoder; leave it out"
+        )
     generator = AutoModelForCausalLM.from_config(model.config).to(device)
     setattr(generator, generator.base_model_prefix, model.base_model)
     generator.tie_weights()

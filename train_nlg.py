@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
-    model.add_argument("--out", default="models/nlg", help="folder to write")
+    model.add_argument("--out", type=cli.folder, default="models/nlg", help="folder to write")
     cli.add_model_flags(model)
     training = parser.add_argument_group("training")
     recipe = functools.partial(recipes.described, recipes.GENERATOR)

@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("method", choices=METHODS, help="what the samples are worth")
     cli.add_gold_flag(cli.add_data_flags(parser, default="data_nlg"))
     parser.add_argument("--policy", default="models/nlg", help="folder or hub name of the generator to improve")
-    parser.add_argument("--out", default="models/nlg_without_ppo", help="folder to write")
+    parser.add_argument("--out", type=cli.folder, default="models/nlg_without_ppo", help="folder to write")
     cli.add_rollout_flags(parser.add_argument_group("samples of the reference"))
     cli.add_reward_flags(parser.add_argument_group("reward"))
     training = parser.add_argument_group("training")

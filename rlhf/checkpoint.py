@@ -70,6 +70,7 @@ def opened(args: argparse.Namespace, *folders: Path) -> Iterator[Checkpoints]:
 
     --out and `folders` are locked for other processes meanwhile. The checkpoint is removed when the run is done.
     """
+    refuse_other_than_model(Path(args.out))
     path = Path(f"{args.out}.checkpoint")
     settings = vars(args) | {"nproc_per_node": distributed.world_size()}
     with contextlib.ExitStack() as stack:
@@ -82,6 +83,12 @@ def opened(args: argparse.Namespace, *folders: Path) -> Iterator[Checkpoints]:
         yield Checkpoints(path, settings, saved, signals)
         if distributed.rank() == 0:
             path.unlink(missing_ok=True)
+
+
+def refuse_other_than_model(out: Path) -> None:
+    """What the finished model takes the place of must be a model, or nothing."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not any(out.glob("*.safetensors"))):
+        raise UserError(f"--out {out} is there and is no model folder, and would be replaced; give another folder")
 
 
 @contextlib.contextmanager

@@ -70,6 +70,11 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: fl
     return parse
 
 
+def folder(text: str) -> str:
+    """An argparse type: a path without a slash at its end, because other names are made from it."""
+    return str(Path(text))
+
+
 _ARTICLE = {int: "a whole number", float: "a number"}
 COUNT, SAMPLE_COUNT, SEED = number(int, 1, 10**9), number(int, 1, 10**6), number(int, 0, 2**32 - 1)
 POSITIVE, FRACTION = number(float, above=0), number(float, 0, 1)
@@ -298,9 +303,7 @@ def add_human_flags(group: argparse._ArgumentGroup) -> None:
         "--feedback", type=feedback_kind, default="good-bad", metavar="KIND", help="good-bad, or best-of-N, N up to 9"
     )
     group.add_argument("--labels", type=SAMPLE_COUNT, default=250, help="answers in all")
-    group.add_argument(
-        "--label-rounds", type=COUNT, default=1, help="times that people are asked, about the policy as it then is"
-    )
+    group.add_argument("--label-rounds", type=COUNT, default=1, help="times that people are asked, of the policy then")
     group.add_argument("--feedback-file", default="data_cls/feedback.jsonl", help="file of all answers")
     group.add_argument("--page", action="store_true", help="ask on a browser page of this machine, not at the terminal")
     group.add_argument(
@@ -316,19 +319,24 @@ def check_ppo_flags(args: argparse.Namespace) -> None:
     updates = args.episodes // args.batch_size
     if args.batch_size % args.minibatches:
         raise UserError(f"--batch-size {args.batch_size} cannot be divided into --minibatches {args.minibatches}")
+    if args.stop_after >= args.response_length:
+        raise UserError(f"--stop-after {args.stop_after}: no response of --response-length {args.response_length} ends")
     if args.leave_one_out and args.answers < 2:
         raise UserError("--leave-one-out compares the answers to one query: give --answers 2 or more")
     if not updates:
         raise UserError(f"--episodes {args.episodes} is less than one batch of --batch-size {args.batch_size}")
     if args.label_rounds > min(args.labels, updates):
         raise UserError(f"--label-rounds {args.label_rounds} are more than there are --labels or updates")
-    for flag, value in (("--critic-warmup", args.critic_warmup), ("--value-lr", args.value_lr)):
+    of_critic = {"--critic-warmup": args.critic_warmup, "--value-lr": args.value_lr}
+    for flag, value in (of_critic | {"--separate-value": args.separate_value}).items():
         if value and args.leave_one_out:
             raise UserError(f"{flag} is for the critic, and --leave-one-out has none")
         if value and not args.value_coef:
             raise UserError(f"{flag} is for the critic, which --value-coef 0 teaches nothing; give --value-coef 0.1")
     if args.critic_warmup >= updates:
         raise UserError(f"--critic-warmup {args.critic_warmup} leaves none of the {updates} updates to the policy")
+    if args.target_kl and args.kl_horizon < args.batch_size:
+        raise UserError(f"--kl-horizon {args.kl_horizon:g} is less than --batch-size {args.batch_size}: give more")
     if args.target_kl and not args.kl_coef:
         raise UserError("--target-kl multiplies the KL coefficient, and --kl-coef 0 stays 0; give one above 0")
     if args.keep_best and not args.eval_every:

@@ -81,13 +81,13 @@ class KLGuard:
         states = {name: each.state_dict() for name, each in self._training.items()}
         return {"update": update, "kl": 0.0} | cpu_copy(states)
 
-    def raise_if_stopped(self, out: str, saved_to: str) -> None:
-        """End a run that the guard has stopped, whose last good policy is in the folder saved_to."""
+    def raise_if_stopped(self, out: str, saved_to: str, update: int) -> None:
+        """End a run that the guard has stopped; the folder saved_to has its policy after this update."""
         if self.chosen:
             raise UserError(
                 f"the KL passed --kl-limit {self._limit:g} again after the run had gone back {TIMES_BACK} times; raise "
                 f"--kl-coef or lower --lr, and start anew. {saved_to} holds the policy after update "
-                f"{self.chosen.update}; {out}.checkpoint, if there is one, the run as it was last saved"
+                f"{update}; {out}.checkpoint, if there is one, the run as it was last saved"
             )
 
     def state_dict(self) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,13 +22,14 @@ from transformers import (
 )
 from transformers.activations import ACT2FN, NewGELUActivation
 
-from rlhf import distributed, lora, runtime
+from rlhf import distributed, lora, querying, runtime
 from rlhf.errors import UserError
 from rlhf.runtime import offline_without_network
 from rlhf.sampling import Sampling, real_tokens, sample
 
 GGUF, GGUF_PACKAGES = ".gguf", ("gguf", "accelerate")
 FUSED_GELU = "gelu_pytorch_tanh"
+RECORD = "metrics.json"  # in a model's folder: what it reached, and how it was made
 NO_TOKEN = -1  # no token has this id
 MADE_BY = {
     "models/cls": "run train_cls.py first",
@@ -113,13 +114,13 @@ def scratch_config(tokenizer, name: str = "scratch") -> PretrainedConfig:
 
 
 def load_pretrained(
-    auto_class: type, name: str, flag: str, is_chat: bool = False, **options
+    auto_class: type, name: str, flag: str, is_chat: bool = False, new_head: bool = False, **options
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model, in float32, and its tokenizer.
 
-    auto_class: such as AutoModelForCausalLM. name: a folder, a GGUF file or a hub name. flag: for messages; with
-    --model, which is still to be trained, the model may get a new head. is_chat: whether it must have a chat template.
-    options: as from_pretrained takes them.
+    auto_class: such as AutoModelForCausalLM. name: a folder, a GGUF file or a hub name. flag: for messages. is_chat:
+    whether it must have a chat template. new_head: whether weights that are missing may be random, for a model that is
+    still to be trained. options: as from_pretrained takes them.
     """
     source, file = (name, {}) if Path(name).suffix != GGUF else gguf_file(Path(name), flag)
     if not Path(source).is_dir():
@@ -139,7 +140,7 @@ def load_pretrained(
         model, info = auto_class.from_pretrained(
             source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **file, **options
         )
-        if info["missing_keys"] and flag != "--model":
+        if info["missing_keys"] and not new_head:
             raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}; they would be random")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
@@ -215,11 +216,16 @@ def load_policy(name: str, flag: str, is_chat: bool = False) -> tuple[PreTrained
 
 def max_length(model, tokenizer) -> int:
     """The length of the longest text that the model can read, in tokens."""
-    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
+    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
+    for layer in model.modules():
+        if isinstance(layer, nn.Embedding) and layer.num_embeddings == positions and layer.padding_idx is not None:
+            positions -= layer.padding_idx + 1  # RoBERTa counts positions from behind its padding's
+    return min(tokenizer.model_max_length, positions)
 
 
 def check_length(model, tokenizer, tokens: int, flags: str) -> None:
     """Refuse texts of so many tokens if the model cannot read them; `flags` are those that ask for them."""
+    tokens += querying.begins_texts(tokenizer)
     if tokens > (limit := max_length(model, tokenizer)):
         raise UserError(f"{flags}: {tokens} tokens are more than the {limit} that the model can read")
 
@@ -294,13 +300,15 @@ def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict |
         fresh.mkdir(parents=True)
         if lora.has_adapters(model):
             lora.save_adapters(model, fresh / lora.FOLDER)
-            base, _ = load_pretrained(type(model), lora.base_name(model), "--model", **head_options(model))
+            base, _ = load_pretrained(
+                type(model), lora.base_name(model), "the adapters' base", new_head=True, **head_options(model)
+            )
             model = lora.merge(model, base)
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(card, encoding="utf-8")
         if metrics is not None:
-            runtime.write_json(fresh / "metrics.json", metrics)
+            runtime.write_json(fresh / RECORD, metrics)
     except Exception as error:  # a full disk is an OSError here and a SafetensorError there
         shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(f"{folder} cannot be written ({error}); what was there before still is") from error

@@ -23,7 +23,8 @@ def save_policy(
     """The policy with its model card."""
     card = model_card.text(title, "text-generation", args.data, {"settings": vars(args)} | provenance, results)
     model.generation_config = models.generation_config(tokenizer, sampling)
-    models.save_folder(out, model, tokenizer, card)
+    record = {"results": results.to_dict(), "settings": vars(args)} | provenance
+    models.save_folder(out, model, tokenizer, card, record)
 
 
 def save_reward_model(args: argparse.Namespace, human: feedback.HumanFeedback, folder: Path, provenance: dict) -> None:

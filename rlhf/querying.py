@@ -73,6 +73,11 @@ def encode_queries(tokenizer, queries: list[str], device: torch.device) -> tuple
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def shortest_row(tokenizer, length: int) -> int:
+    """The number of tokens of the shortest query that `encode_queries` gives, where the longest has `length`."""
+    return shortest_query(length) + begins_texts(tokenizer)
+
+
 def begins_texts(tokenizer) -> bool:
     """Whether the tokenizer opens every text with a token of its own, as Llama's does; so a query has it, too."""
     return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id

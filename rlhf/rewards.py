@@ -237,6 +237,7 @@ def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: in
                 truncation=True,
                 max_length=length,
                 padding=True,
+                padding_side="right",  # as in training; on the left a text's positions depend on its neighbours
                 return_tensors="pt",
             )
             logits = classifier_logits(model, encoded.to(device)).double()
@@ -267,9 +268,14 @@ def calibrate_head(model, tokenizer, texts: list[str]) -> None:
 
     The two numbers are kept in the model's configuration.
     """
-    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+    reset_head(model)
     scores = log_odds(model, tokenizer, texts, model.device)
     model.config.reward_mean, model.config.reward_std = float(scores.mean()), max(float(scores.std()), 1e-6)
+
+
+def reset_head(model) -> None:
+    """Take the model's scores as they are: training changes them, and `calibrate_head` comes after it."""
+    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
 
 
 def head_calibration(model) -> dict[str, float]:

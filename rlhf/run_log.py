@@ -15,7 +15,7 @@ from rlhf.rollout import Rollout
 from rlhf.runtime import TOLERATED
 
 MOVING_AVERAGE = 10  # updates that a moving average looks back
-SAMPLE_EVERY = 10  # updates between the rows of samples.csv
+SAMPLE_EVERY = 10  # samples.csv has rows of every so many updates, and of the one after
 SAMPLES = 8  # rows of samples.csv at a time
 REWARD_MODEL = "reward_model.csv"
 APPENDED_TO = ("log.csv", "samples.csv", REWARD_MODEL)  # a checkpoint says how long they were

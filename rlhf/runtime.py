@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import socket
 import subprocess
 import sys
@@ -141,18 +142,24 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+def _git(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and output; that of a command that is not found where there is no git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return 127, ""
+    return done.returncode, done.stdout.strip()
 
 
 def provenance(device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
     """What a result must name to be repeated: command, commit, versions, machine, precision."""
     root, script = Path(__file__).parents[1], Path(sys.argv[0])
-    commit = _git(root, "describe", "--always", "--abbrev=12").stdout.strip()
-    if _git(root, "diff", "--quiet", "HEAD", "--", ".", ":!data_results").returncode == 1:  # the code, not results
+    _, commit = _git(root, "describe", "--always", "--abbrev=12")
+    changed, _ = _git(root, "diff", "--quiet", "HEAD", "--", ".", ":!data_results")  # the code, not results
+    if changed == 1:
         commit += "-dirty"
     return {
-        "command": " ".join(
+        "command": shlex.join(
             [script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name, *sys.argv[1:]]
         ),
         "commit": commit or None,

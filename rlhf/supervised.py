@@ -44,6 +44,13 @@ def pad(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tenso
     return ids, mask
 
 
+@torch.no_grad()
+def reads_ahead(body) -> bool:
+    """Whether a model's body is an encoder: what it says of a token depends on the tokens behind it."""
+    states = body(torch.tensor([[0, 0], [0, 1]], device=body.device)).last_hidden_state[:, 0]
+    return not torch.allclose(states[0], states[1], atol=1e-4)
+
+
 # losses
 
 

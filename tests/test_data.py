@@ -49,6 +49,7 @@ def test_a_query_begins_as_texts_do():
     """Llama's tokenizer opens a text with a token of its own; a chat template may have written it already."""
     tokenizer = models.scratch_tokenizer(["a b c d"] * 8)
     plain, _ = querying.encode_queries(tokenizer, ["a b"], torch.device("cpu"))
+    assert querying.shortest_row(tokenizer, 6) == 3
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
@@ -56,6 +57,7 @@ def test_a_query_begins_as_texts_do():
     for query in ("a b", "<bos>a b"):
         ids, mask = querying.encode_queries(tokenizer, [query], torch.device("cpu"))
         assert ids.tolist() == [[tokenizer.bos_token_id, *plain[0].tolist()]] and mask.all()
+    assert querying.shortest_row(tokenizer, 6) == 4
 
 
 def test_a_query_stream_is_all_queries_in_one_random_order_after_the_other():

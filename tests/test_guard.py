@@ -42,7 +42,7 @@ def watched(kls, first=1, training=None, kl_guard=None) -> tuple:
 def test_below_the_limit_it_does_nothing():
     actions, kl_guard, training = watched([0.0, 3.0, LIMIT] * 10)
     assert set(actions) == {None} and kl_guard.kl_factor == 1.0 and training.number == 30
-    kl_guard.raise_if_stopped("models/x", "models/x_stopped")
+    kl_guard.raise_if_stopped("models/x", "models/x_stopped", update=30)
 
 
 def test_first_it_raises_the_coefficient_and_waits(capsys):
@@ -83,8 +83,8 @@ def test_after_three_times_it_stops():
     assert actions == [None] * 6 + [*cycle, "went back"] * 3 + [*cycle, "stopped"]
     assert kl_guard.kl_factor == 16.0 and training.number == 5
     assert kl_guard.chosen == (5, "the last below --kl-limit", {"kl": 1.0})
-    with pytest.raises(UserError, match=r"again after the run had gone back 3 times; .* update 5; x.checkpoint"):
-        kl_guard.raise_if_stopped("x", "x_stopped")
+    with pytest.raises(UserError, match=r"again after the run had gone back 3 times; .* update 4; x.checkpoint"):
+        kl_guard.raise_if_stopped("x", "x_stopped", update=4)  # such as the best one of the evaluations
 
 
 @pytest.mark.parametrize("kl", [math.nan, math.inf])

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from rlhf import gold, rewards
+from rlhf import gold, models, rewards
 from rlhf.errors import UserError
 from rlhf.rewards import Part, Reward
 from tests.conftest import ROOT, TINY_EVALUATION, TINY_RUN, refused, run
@@ -307,3 +309,36 @@ def test_a_second_classifier_may_be_the_gold_judge(chain, tmp_path):
 
 def test_no_judge_if_the_user_wants_none():
     assert gold.load_judge("none", ["a text"], torch.device("cpu"), "float32") is None
+
+
+def test_a_texts_score_does_not_depend_on_its_neighbours(chain):
+    """Where the tokenizer pads on the left, too: positions count from the left."""
+    model, tokenizer = rewards.load_model(str(chain[0] / "models" / "cls"))
+    tokenizer.padding_side = "left"
+    short, long = "I kept my promise.", "On Monday my sister asked me for help, and I said that I had no time for it."
+    alone, beside = (rewards.log_odds(model, tokenizer, texts, CPU)[0] for texts in ([short], [short, long]))
+    assert alone == pytest.approx(beside, abs=1e-4)
+
+
+def test_a_classifier_reads_as_much_of_a_text_as_it_was_trained_on(chain, tmp_path):
+    run(
+        "train_cls", "--epochs", 1, "--max-length", 12, "--out", tmp_path / "short", "--results", tmp_path, cwd=chain[0]
+    )
+    model, tokenizer = rewards.load_model(str(tmp_path / "short"))
+    text = "On Monday my sister asked me for help with her homework"
+    assert len(tokenizer(text)["input_ids"]) > 13
+    whole, longer = rewards.log_odds(model, tokenizer, [text, text + " and more"], CPU)
+    assert whole == pytest.approx(longer, abs=1e-6)
+
+
+def test_positions_that_roberta_keeps_for_padding_hold_no_token():
+    config = RobertaConfig(
+        vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=20, pad_token_id=1,
+    )  # fmt: skip
+    model = RobertaForSequenceClassification(config).eval()
+    length = models.max_length(model, SimpleNamespace(model_max_length=10**9))
+    assert length == 18
+    model(torch.full((1, length), 5))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        model(torch.full((1, length + 1), 5))

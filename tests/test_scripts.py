@@ -31,6 +31,47 @@ def test_each_script_leaves_what_the_next_one_needs(chain):
         assert copy["results"] == results[name]
 
 
+def test_the_policy_of_another_run_is_not_taken_for_that_of_this_one(chain, tmp_path):
+    home, _ = chain
+    for name in ("models", "data_cls", "data_nlg"):
+        (tmp_path / name).symlink_to(home / name)
+    first = "K2_lr_1e-3_seed0"
+    for name in (first, "later"):
+        shutil.copytree(home / "data_results" / first, tmp_path / "data_results" / name)
+    path = tmp_path / "data_results" / "later" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["run"] = "later"
+    path.write_text(json.dumps(config))
+    error = refused("evaluate_nlg", *TINY_EVALUATION, "--run", "data_results/later", cwd=tmp_path)
+    assert f"models/nlg_ppo has the policy of data_results/{first} by now, and not of data_results/later" in error
+    flags = "--run", "data_results/later", "--policy", "models/nlg_ppo"
+    run("evaluate_nlg", *TINY_EVALUATION, *flags, cwd=tmp_path)
+
+
+def test_a_policy_whose_tokens_are_others_than_the_references_is_refused(chain, tmp_path):
+    home, _ = chain
+    run_folder = home / "data_results" / "K2_lr_1e-3_seed0"
+    shutil.copytree(home / "models" / "nlg_ppo", tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other")
+    tokenizer.add_tokens(["zebra"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    model.resize_token_embeddings(len(tokenizer))
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "other")
+    flags = "--run", run_folder, "--policy", tmp_path / "other"
+    error = refused("evaluate_nlg", *TINY_EVALUATION, *flags, cwd=home)
+    assert "has another vocabulary than its reference models/nlg" in error
+
+
+@pytest.mark.parametrize("script", ["train_cls", "train_nlg", "finetuning_nlg"])
+def test_a_folder_that_holds_no_model_is_not_replaced(tmp_path, script):
+    (tmp_path / "mine" / "models").mkdir(parents=True)
+    (tmp_path / "mine" / "thesis.txt").write_text("two years of work")
+    error = refused(script, "--out", "mine/", cwd=tmp_path)
+    assert "--out mine is there and is no model folder, and would be replaced" in error
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "two years of work"
+
+
 def test_run_folder(chain):
     folder = chain[0] / "data_results" / "K2_lr_1e-3_seed0"
     log = pd.read_csv(folder / "log.csv")
@@ -139,6 +180,17 @@ def test_a_result_names_its_commit_and_whether_the_code_was_changed(tmp_path, mo
     assert runtime.provenance(torch.device("cpu"))["commit"] == commit
     (tmp_path / "runtime.py").write_text("after")
     assert runtime.provenance(torch.device("cpu"))["commit"] == f"{commit}-dirty"
+
+
+def test_without_git_no_commit_is_known(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert runtime.provenance(torch.device("cpu"))["commit"] is None
+
+
+def test_the_command_of_a_result_can_be_repeated(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["finetuning_nlg.py", "--stop", " .", "--reward", "0.5*models/cls"])
+    command = runtime.provenance(torch.device("cpu"))["command"]
+    assert command == "finetuning_nlg.py --stop ' .' --reward '0.5*models/cls'"
 
 
 @pytest.mark.parametrize("name", ["scratch:gpt_neox:1x32", "scratch:llama:1x64"])

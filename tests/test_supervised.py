@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import BertConfig, BertModel, GPT2LMHeadModel
 
 from rlhf import checkpoint, models, supervised
 from rlhf.errors import Stopped
@@ -142,3 +142,9 @@ def test_a_fit_that_was_stopped_ends_as_one_that_was_not(tiny_model, tmp_path, s
     resumed_weights, resumed_history = fit(stopped_at + 1, saved=saved)
     assert resumed_history == history and len(history) == 4
     torch.testing.assert_close(resumed_weights, weights, rtol=0, atol=0)
+
+
+def test_an_encoder_reads_ahead_and_a_language_model_does_not(tiny_model):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = BertModel(BertConfig(vocab_size=8, **small)).eval()
+    assert supervised.reads_ahead(encoder) and not supervised.reads_ahead(tiny_model.base_model)

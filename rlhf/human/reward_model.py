@@ -17,7 +17,9 @@ def new_model(policy: str, kind: str):
     """A reward model for questions of this kind, with the policy's weights and a random head as in [1], and its
     tokenizer."""
     outputs = 2 if samples_per_question(kind) == 1 else 1
-    model, tokenizer = models.load_pretrained(AutoModelForSequenceClassification, policy, "--model", num_labels=outputs)
+    model, tokenizer = models.load_pretrained(
+        AutoModelForSequenceClassification, policy, "--policy", new_head=True, num_labels=outputs
+    )
     with torch.no_grad():
         model.score.weight.normal_(0, (model.score.in_features + 1) ** -0.5)
     return model, tokenizer
@@ -52,7 +54,7 @@ def train(model, tokenizer, rows: list[dict], *, epochs: int, lr: float, muon: b
         scores = rewards.log_odds(model, tokenizer, flat, device).reshape(len(held_out_indices), -1)
         return supervised.choice_errors(scores, chosen[held_out_indices].cpu().numpy())
 
-    model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # training changes the scores: calibrated anew after
+    rewards.reset_head(model)
     history = supervised.fit(
         model,
         [sum(map(len, ids[i])) for i in train_indices],
