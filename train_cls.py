@@ -5,9 +5,9 @@
     python train_cls.py --model roberta-base --data ethics.csv --text-column input --positive-label 0
 
 Data: columns text,label with 1 = positive feedback (ethical); or comparisons: chosen,rejected (and prompt), or
-query,sample0,...,sampleN,best, from which a model with one output learns (Ziegler et al. 2019,
-equation 1). Writes to --out the weights
-of the epoch with the fewest errors on the validation rows, the tokenizer, a model card and metrics.json.
+query,sample0,...,sampleN,best, from which a model with one output learns (Ziegler et al. 2019, equation 1). Writes to
+--out the weights of the epoch with the fewest errors on the validation rows, the tokenizer, a model card and
+metrics.json.
 """
 
 import rlhf.environment  # noqa: F401, I001  (before torch is loaded)
@@ -22,20 +22,7 @@ from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import (
-    activations,
-    checkpoint,
-    cli,
-    data,
-    lora,
-    model_card,
-    models,
-    precision,
-    recipes,
-    rewards,
-    runtime,
-    supervised,
-)
+from rlhf import checkpoint, cli, data, models, outputs, recipes, rewards, runtime, supervised
 from rlhf.data import Choices
 from rlhf.errors import UserError
 from rlhf.supervised import FitSettings
@@ -123,15 +110,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     compares = len(training.candidates[0]) > 1
     all_texts = [*training.texts, *lm_texts["train"]] if args.lm_data else training.texts
     model, tokenizer = load_model(args.model, all_texts, {0: "score"} if compares else LABELS)
-    model.to(device)
-    dtype = precision.choose(args.precision, device, model)
-    runtime.print_device(device, dtype)
-    print(recipes.summary(args, recipes.CLASSIFIER, args.model))
-    if args.lora:
-        model = lora.with_adapters(precision.freeze(model, dtype), args.lora, args.model)
-    if args.activation_checkpointing:
-        activations.checkpoint_layers(model)
-    precision.set_precision(model, dtype)
+    model, dtype = supervised.prepare(args, model, recipes.CLASSIFIER, device)
     max_length = min(args.max_length, models.max_length(model, tokenizer))
     tokenizer.model_max_length = max_length  # where every script that scores with this model cuts texts, too
     ids = tokenizer(training.texts, truncation=True)["input_ids"]
@@ -292,14 +271,11 @@ def calibration_error(probability: np.ndarray, outcome: np.ndarray) -> float:
 
 
 def save(args: argparse.Namespace, model, tokenizer, record: dict) -> None:
-    """Print the results, and write the reward model with its model card and the record, which --results gets too."""
+    """Print the results, and write the reward model."""
     results = pd.DataFrame(record["results"]).T
     print(results.to_string(float_format="%.4f"))
     title = "A model of preferences" if model.config.num_labels == 1 else "An ethics classifier"
-    card = model_card.text(title, "text-classification", args.data, record, results)
-    models.save_folder(args.out, model, tokenizer, card, record)
-    metrics_file = runtime.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
-    print(f"model: {args.out}; metrics: {metrics_file}")
+    outputs.save_trained(args, model, tokenizer, title, "text-classification", results, record)
 
 
 if __name__ == "__main__":

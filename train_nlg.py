@@ -11,24 +11,21 @@ import rlhf.environment  # noqa: F401, I001  (before torch is loaded)
 import argparse
 import copy
 import functools
-from pathlib import Path
 
 import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf import (
-    activations,
     checkpoint,
     cli,
     data,
-    querying,
     gold,
-    lora,
-    model_card,
     models,
+    outputs,
     precision,
     prompting,
+    querying,
     recipes,
     runtime,
     supervised,
@@ -85,15 +82,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     tokens = args.query_length + args.response_length
     models.check_length(model, tokenizer, tokens, "--query-length and --response-length")
     queries, _ = querying.split_queries(texts["valid"], tokenizer, args.query_length)
-    model.to(device)
-    dtype = precision.choose(args.precision, device, model)
-    runtime.print_device(device, dtype)
-    print(recipes.summary(args, recipes.GENERATOR, args.model))
-    if args.lora:
-        model = lora.with_adapters(precision.freeze(model, dtype), args.lora, args.model)
-    if args.activation_checkpointing:
-        activations.checkpoint_layers(model)
-    precision.set_precision(model, dtype)
+    model, dtype = supervised.prepare(args, model, recipes.GENERATOR, device)
 
     # fit
     settings = supervised.FitSettings(
@@ -159,16 +148,13 @@ def judge_samples(
 
 
 def save(args: argparse.Namespace, model, tokenizer, record: dict) -> None:
-    """Print the results, and write the generator with its model card and the record, which --results gets too."""
+    """Print the results, and write the generator."""
     known = {name: value for name, value in record["results"].items() if value is not None}  # the judge may be silent
     results = pd.Series(known, name="value").to_frame()
     print("\n" + results.to_string(float_format="%.4f"))
     sampling = Sampling(args.response_length, args.temperature, tokenizer.eos_token_id)
     model.generation_config = models.generation_config(tokenizer, sampling)
-    card = model_card.text("A generator", "text-generation", args.data, record, results)
-    models.save_folder(args.out, model, tokenizer, card, record)
-    metrics_file = runtime.write_json(Path(args.results) / f"{Path(args.out).name}_metrics.json", record)
-    print(f"model: {args.out}; metrics: {metrics_file}")
+    outputs.save_trained(args, model, tokenizer, "A generator", "text-generation", results, record)
 
 
 if __name__ == "__main__":

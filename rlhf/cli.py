@@ -128,7 +128,7 @@ def check_lora(args: argparse.Namespace, name: str, flag: str) -> None:
     """Refuse --lora for a model, which `flag` names, and with settings that do not go with it."""
     if args.lora is None:
         return
-    if name.partition(":")[0] == "scratch":
+    if recipes.is_new(name):
         raise UserError(f"--lora adapts a model that has learned something, and {flag} {name} has not; train it first")
     if lora.base_of_folder(name, flag):
         raise UserError(f"--lora needs a whole model under its adapters, and {flag} {name} is adapters: give it merged")
@@ -266,7 +266,7 @@ def add_kl_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--episodes", type=COUNT, help=ppo_recipe("episodes", "responses in all"))
+    group.add_argument("--episodes", type=COUNT, help=ppo_recipe("episodes", "responses in all, in whole batches"))
     group.add_argument("--batch-size", type=COUNT, help=ppo_recipe("batch_size", "responses per update"))
     group.add_argument("--minibatches", type=COUNT, default=4, help="optimizer steps per pass over a batch")
     group.add_argument("--ppo-epochs", type=COUNT, help=ppo_recipe("ppo_epochs", "K, passes over a batch"))

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN, NewGELUActivation
 
-from rlhf import distributed, lora, querying, runtime
+from rlhf import distributed, lora, querying, recipes, runtime
 from rlhf.errors import UserError
 from rlhf.runtime import offline_without_network
 from rlhf.sampling import Sampling, real_tokens, sample
@@ -79,7 +79,7 @@ def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def is_scratch(name: str) -> bool:
     """Whether --model names a new model, such as scratch or scratch:llama:4x256."""
-    if name.partition(":")[0] != "scratch":
+    if not recipes.is_new(name):
         return False
     match = SCRATCH.fullmatch(name)
     if not match or int(match[3] or HEAD_WIDTH) % HEAD_WIDTH:

@@ -16,6 +16,15 @@ def write_config(args: argparse.Namespace, reward: rewards.Reward, folder: Path,
     runtime.write_json(folder / "config.json", {"settings": vars(args), **reward.state_dict()} | provenance)
 
 
+def save_trained(
+    args: argparse.Namespace, model, tokenizer, title: str, task: str, results: pd.DataFrame, record: dict
+) -> None:
+    """A classifier or a generator with its model card, and the record of its training, which --results gets too."""
+    models.save_folder(args.out, model, tokenizer, model_card.text(title, task, args.data, record, results), record)
+    metrics_file = runtime.write_json(Path(args.results) / f"{Path(args.out).name}_{models.RECORD}", record)
+    print(f"model: {args.out}; metrics: {metrics_file}")
+
+
 def save_policy(
     args: argparse.Namespace, out: str, model, tokenizer, sampling: Sampling, title: str, results: pd.DataFrame,
     provenance: dict,

@@ -38,9 +38,14 @@ LORA_LR = 10  # learning rates of adapters, relative to full fine-tuning with Ad
 MUON_LR = 3  # Muon's learning rates, relative to Adam's
 
 
+def is_new(name: str) -> bool:
+    """Whether a flag names a model that is yet to be made: scratch, or scratch:ARCHITECTURE:LAYERSxWIDTH."""
+    return name.partition(":")[0] == "scratch"
+
+
 def kind_of(name: str) -> str:
     """The kind of a model that a flag names: scratch..., a folder, or a hub name."""
-    if name.partition(":")[0] == "scratch":
+    if is_new(name):
         return FROM_SCRATCH
     config = Path(name) / "config.json"
     try:

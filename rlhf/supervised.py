@@ -4,6 +4,7 @@ Shapes: B rows of a batch, T tokens, N rows of a data set. A row is what one los
 of which one is the best. A row's targets are what the model predicts: the tokens of a text, or one choice.
 """
 
+import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +15,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rlhf import distributed, runtime
+from rlhf import activations, distributed, lora, precision, recipes, runtime
 from rlhf.checkpoint import Checkpoints, RandomState
 from rlhf.errors import UserError
 from rlhf.lora import TrainedWeights
 from rlhf.optim import Optimizer, supervised_optimizer
 from rlhf.policy import token_logits
+from rlhf.recipes import Recipe
 
 LEARNED = 0.05  # nats: the loss below which a row counts as learned
 WARMUP = 0.05  # the fraction of the steps over which the learning rate rises
+
+
+def prepare(
+    args: argparse.Namespace, model: nn.Module, recipe: Recipe, device: torch.device
+) -> tuple[nn.Module, torch.dtype]:
+    """The model on the device as the flags want it: its adapters, its activations, its precision, which it returns."""
+    model.to(device)
+    dtype = precision.choose(args.precision, device, model)
+    runtime.print_device(device, dtype)
+    print(recipes.summary(args, recipe, args.model))
+    if args.lora:
+        model = lora.with_adapters(precision.freeze(model, dtype), args.lora, args.model)
+    if args.activation_checkpointing:
+        activations.checkpoint_layers(model)
+    precision.set_precision(model, dtype)
+    return model, dtype
 
 
 # token ids
