@@ -213,8 +213,8 @@ def test_one_key_is_enough_at_a_terminal(monkeypatch, typed, key):
 # simulated annotators
 
 
-def load_annotator(spec, noise=0.0, seed=0):
-    return annotator.load(spec, JUDGE, noise, seed, torch.device("cpu"), "float32")
+def load_annotator(spec, noise=0.0, seed=0, gold=JUDGE):
+    return annotator.load(spec, gold, noise, seed, torch.device("cpu"), "float32")
 
 
 def test_a_function_as_the_annotator(tmp_path):
@@ -243,6 +243,30 @@ def test_the_gold_annotator_prefers_right_over_wrong_over_nonsense():
         assert ask(View(Question("", samples), answer_keys(2), "")) == key
     for text, key in ((right, "g"), (wrong, "b"), ("Stone.", "b")):
         assert ask(View(Question("", (text,)), answer_keys(1), "")) == key
+
+
+def test_a_judge_may_return_plain_tuples(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def judge(text):\n    return (True, int('helped' in text)) if 'On' in text else (False, None)\n"
+    )
+    ask = load_annotator("gold", gold=f"{tmp_path}/own.py:judge")
+    assert ask(View(PAIR, answer_keys(2), "")) == "2"
+    assert ask(View(Question("", ("Nonsense", "On Monday she lied.")), answer_keys(2), "")) == "2"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 1 / 0", "failed: ZeroDivisionError"),
+        ("return 1.0", r"gave scores of shape \(\) for 2 texts"),
+        ("return [1.0]", r"gave scores of shape \(1,\) for 2 texts"),
+        ("return [0.0, float('nan')]", "gave nan for the text 'On Monday she helped.'"),
+    ],
+)
+def test_an_annotator_that_gives_no_ratings(tmp_path, body, message):
+    (tmp_path / "own.py").write_text(f"def rate(texts):\n    {body}\n")
+    with pytest.raises(UserError, match=rf"--annotator .*own.py:rate {message}"):
+        load_annotator(f"{tmp_path}/own.py:rate")(View(PAIR, answer_keys(2), ""))
 
 
 def test_noise_is_as_frequent_as_the_flag_says(tmp_path):
