@@ -141,6 +141,25 @@ def test_quitting_loses_nothing_and_no_question_is_asked_twice(tmp_path):
     assert [view.question for view in views] == QUESTIONS[2:5]
 
 
+def test_no_question_is_asked_twice_in_a_session(tmp_path):
+    """Neither an answered nor a skipped one; undo alone asks again."""
+    a, b, c, d = QUESTIONS[:4]
+    ask, views = pressing("1", "s", "u", "2", "1")
+    rows = answers.collect(iter([a, a, b, a, b, c, d]), tmp_path / "f.jsonl", 2, 2, ask, {}, None)
+    assert [view.question for view in views] == [a, b, c, a, d]
+    assert [(answers.question_in(row), answers.label_in(row)) for row in rows] == [(a, 1), (d, 0)]
+
+
+def test_a_policy_without_new_questions_is_not_sampled_forever(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "MOST_REPEATED", 10)
+    ask, _ = pressing("1", "2", "1")
+    with pytest.raises(UserError, match="the last 11 questions were asked before"):
+        answers.collect(itertools.cycle(QUESTIONS[:3]), tmp_path / "f.jsonl", 4, 2, ask, {}, None)
+    assert len(answers.read(tmp_path / "f.jsonl", 2)) == 3
+    with pytest.raises(UserError, match="the last 14 questions were asked before"):  # 3 of them in the file
+        answers.collect(itertools.cycle(QUESTIONS[:3]), tmp_path / "f.jsonl", 4, 2, ask, {}, None)
+
+
 def test_every_answer_is_on_the_disk_before_the_next_question(tmp_path):
     path = tmp_path / "feedback.jsonl"
     counts = []
@@ -177,6 +196,23 @@ def test_a_file_of_something_else_is_refused(tmp_path, line, message):
     path.write_text(json.dumps(answers.to_row(PAIR, "1", {})) + "\n" + line + "\n")
     with pytest.raises(UserError, match=message):
         answers.read(path, 2)
+
+
+@pytest.mark.parametrize(
+    ("question", "label", "wrong", "message"),
+    [
+        (PAIR, "best", 7, "line 1: its answer is 7; correct it to one from 0 to 1"),
+        (PAIR, "best", -1, "line 1: its answer is -1; correct it to one from 0 to 1"),
+        (Question("A", (" b", " c", " d")), "best", 3, "line 1: its answer is 3; correct it to one from 0 to 2"),
+        (Question("A", (" b",)), "label", 2, "line 1: its answer is 2; correct it to one from 0 to 1"),
+    ],
+)
+def test_an_answer_that_is_none_of_its_question_is_refused(tmp_path, question, label, wrong, message):
+    """As a hand may write it; the training would fail on it later."""
+    path, key = tmp_path / "feedback.jsonl", "g" if label == "label" else "1"
+    answers.append(path, answers.to_row(question, key, {}) | {label: wrong})
+    with pytest.raises(UserError, match=message):
+        answers.read(path, len(question.samples))
 
 
 # the terminal
