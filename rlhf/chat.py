@@ -20,19 +20,26 @@ COLUMNS = ("messages", "prompt")  # of a row; the first one that it fills counts
 # from the rows of a data set
 
 
-def conversations_of(rows: datasets.Dataset, text_columns: list[str] | None) -> list[str]:
-    """The conversations of all rows: of the COLUMNS; or texts as data.texts_of gives them, each a user's message."""
+def conversations_of(rows: datasets.Dataset, text_columns: list[str] | None, split: str = "train") -> list[str]:
+    """The conversations of all rows: of the COLUMNS; or texts as data.texts_of gives them, each a user's message.
+
+    split: its name, for what is said of its rows.
+    """
     columns = [name for name in text_columns or COLUMNS if name in rows.column_names]
     hold_messages = any(isinstance(rows[0][name], list) for name in columns)
     if not columns or (text_columns and not hold_messages):
-        return [from_text(text) for text in data.texts_of(rows, text_columns) if text]
+        return [from_text(text) for text in data.texts_of(rows, text_columns, split) if text]
     conversations = []
     for number, row in enumerate(rows.select_columns(columns), 1):
-        cell = next((row[name] for name in columns if row[name]), None)
-        if cell is None or not (isinstance(cell, list) or str(cell).strip()):
-            raise UserError(f"row {number} is empty: give it {' or '.join(columns)}, or take it out")
-        is_conversation = isinstance(cell, list)
-        conversations.append(from_messages(cell, f"row {number}") if is_conversation else from_text(str(cell).strip()))
+        where = f"{split}, row {number}"
+        column = next((name for name in columns if row[name]), columns[0])
+        cell = row[column] or None
+        if isinstance(cell, list):
+            conversations.append(from_messages(cell, where))
+        elif text := data.cell_text(cell, column, where).strip():
+            conversations.append(from_text(text))
+        else:
+            raise UserError(f"{where} is empty: give it {' or '.join(columns)}, or take it out")
     return conversations
 
 

@@ -1,7 +1,8 @@
 """Texts, labels and comparisons: from a folder of data files, one file, or a dataset of the hub."""
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".pa
 PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own copy of a dataset whose loading script is refused
 SPLIT_NAMES = {"validation": "valid", "dev": "valid", "val": "valid"}
 TEXT_COLUMNS = ("text", "sentence", "input", "content", "prompt")  # the first one there is, if the user names none
+MOST_LISTED = 5  # labels in a message
 VALID_FRACTION = 0.1  # of the training rows, where the data has no validation split
-Read = Callable[[datasets.Dataset, list[str] | None], list[str]]  # the texts of rows, of these columns if any are given
+# rows, names of columns if any are given, the name of the split -> the texts of the rows
+Read = Callable[[datasets.Dataset, list[str] | None, str], list[str]]
 
 
 # splits of rows
@@ -115,20 +118,33 @@ def hold_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 # texts
 
 
-def texts_of(rows: datasets.Dataset, text_columns: list[str] | None) -> list[str]:
-    """The texts of all rows. "a+b" joins two columns to one text; several names give several texts per row."""
+def texts_of(rows: datasets.Dataset, text_columns: list[str] | None, split: str = "train") -> list[str]:
+    """The texts of all rows. "a+b" joins two columns to one text; several names give several texts per row.
+
+    split: its name, for what is said of its rows.
+    """
     text_columns = text_columns or [name for name in TEXT_COLUMNS if name in rows.column_names][:1]
     names = [name for column in text_columns for name in column.split("+")]
     missing = [name for name in names if name not in rows.column_names]
     if missing or not names:
         what = f"no column {missing[0]!r}" if missing else "no column of texts"
-        raise UserError(f"the data has {what}, only {', '.join(rows.column_names)}; name one with --text-column")
+        raise UserError(f"{split} has {what}, only {', '.join(rows.column_names)}; name one with --text-column")
     texts = []
-    for row in rows.select_columns(list(dict.fromkeys(names))):
+    for number, row in enumerate(rows.select_columns(list(dict.fromkeys(names))), 1):
         for column in text_columns:
-            cells = [str(row[name]).strip() for name in column.split("+") if row[name] is not None]
+            cells = [cell_text(row[name], name, f"{split}, row {number}").strip() for name in column.split("+")]
             texts.append(" ".join(cell for cell in cells if cell))
     return texts
+
+
+def cell_text(cell: Any, column: str, where: str) -> str:
+    """What a cell says: "" where it is missing, and a number's digits.
+
+    A list, such as the messages of a conversation, is refused: no model should learn how Python writes it.
+    """
+    if isinstance(cell, (list, dict)):
+        raise UserError(f"{where}: {column} holds a {type(cell).__name__}, not a text; write what it says as one text")
+    return "" if cell is None else str(cell)
 
 
 def load_texts(
@@ -140,7 +156,7 @@ def load_texts(
 ) -> dict[str, list[str]]:
     """The texts of every split, without labels; "valid" is a tenth of "train" where the data has none."""
     splits = load_splits(source, config, revision)
-    texts = {name: [text for text in read(rows, text_columns) if text] for name, rows in splits.items()}
+    texts = {name: [text for text in read(rows, text_columns, name) if text] for name, rows in splits.items()}
     if "valid" not in texts and texts["train"]:
         train, valid = hold_out(len(texts["train"]), seed=0)
         texts["valid"] = [texts["train"][i] for i in valid]
@@ -184,10 +200,7 @@ def load_choices(
     "valid" is a tenth of "train" where the data has none. train_rows: so many rows of "train", or all. Both are drawn
     with `seed`.
     """
-    splits = {
-        name: comparisons(rows) or labelled(rows, text_columns, label_column, positive_label)
-        for name, rows in load_splits(source, config, revision).items()
-    }
+    splits = choices_of(load_splits(source, config, revision), text_columns, label_column, positive_label)
     train = splits.pop("train")
     if "valid" not in splits:
         train_indices, valid_indices = hold_out(len(train.candidates), seed)
@@ -198,37 +211,98 @@ def load_choices(
         raise UserError(f"{source} holds too few rows: at least one to train on and one to validate with are needed")
     if train_rows:
         train = train.select(np.random.default_rng(seed).permutation(len(train.candidates))[:train_rows])
-    splits = {"train": train, "valid": valid} | splits
-    widths = {name: len(choices.candidates[0]) for name, choices in splits.items()}
-    if len(set(widths.values())) > 1:
-        raise UserError(f"the splits are not of one kind: candidates in a row are {widths}")
-    return splits
+    return {"train": train, "valid": valid} | splits
+
+
+def choices_of(
+    splits: dict[str, datasets.Dataset], text_columns: list[str] | None, label_column: str, positive_label: str | None
+) -> dict[str, Choices]:
+    """The comparisons of all splits, or else their labelled texts."""
+    compared = {name: comparisons(rows, name) for name, rows in splits.items()}
+    kinds = {
+        name: "labelled texts" if choices is None else f"comparisons of {len(choices.candidates[0])}"
+        for name, choices in compared.items()
+    }
+    if len(set(kinds.values())) > 1:
+        described = ", ".join(f"{name} holds {kind}" for name, kind in kinds.items())
+        raise UserError(f"the splits are not of one kind: {described}; take the others out")
+    if compared["train"] is not None:
+        return compared
+    return labelled_splits(splits, text_columns, label_column, positive_label)
+
+
+def labelled_splits(
+    splits: dict[str, datasets.Dataset], text_columns: list[str] | None, label_column: str, positive_label: str | None
+) -> dict[str, Choices]:
+    """The labelled texts of all splits but those that share no label with "train".
+
+    Many data sets of the hub have a split without labels, in which all are -1.
+    """
+    flags = (text_columns, label_column, positive_label)
+    choices = {"train": labelled(splits["train"], *flags)}
+    train_labels = {*labels_of(splits["train"], label_column)}
+    for name, rows in splits.items():
+        labels = {*labels_of(rows, label_column)} - {None}
+        if name != "train" and labels & train_labels:
+            choices[name] = labelled(rows, *flags, name, train_labels)
+        elif name != "train":
+            has = f"the labels {_listed(labels)}" if labels else "no labels"
+            print(f"warning: {name} is left out: it has {has}, and train {_listed(train_labels)}", file=sys.stderr)
+    return choices
 
 
 def labelled(
-    rows: datasets.Dataset, text_columns: list[str] | None, label_column: str, positive_label: str | None
+    rows: datasets.Dataset,
+    text_columns: list[str] | None,
+    label_column: str,
+    positive_label: str | None,
+    split: str = "train",
+    train_labels: set[str] | None = None,
 ) -> Choices:
-    """Labelled texts. Without `positive_label`, the labels must be 1, which is positive, and 0."""
+    """The labelled texts of a split. Without `positive_label`, the labels must be 1, which is positive, and 0.
+
+    train_labels: those of "train", of which this split may have one kind only. None: this is "train", and has two.
+    """
     if label_column not in rows.column_names:
         columns = ", ".join(rows.column_names)
-        raise UserError(f"the data has no column {label_column!r}, only {columns}; name it with --label-column")
-    texts = texts_of(rows, text_columns)
-    cells = list(rows[label_column])
-    if None in cells:
-        raise UserError(f"row {cells.index(None) + 1} has no label; give it one, or take it out")
-    labels = [label_name(cell) for cell in cells]
+        raise UserError(f"{split} has no column {label_column!r}, only {columns}; name it with --label-column")
+    texts, labels = texts_of(rows, text_columns, split), labels_of(rows, label_column)
+    if None in labels:
+        raise UserError(f"{split}, row {labels.index(None) + 1} has no label; give it one, or take it out")
     if len(texts) != len(labels):
         raise UserError("a labelled row has one text: give --text-column one name")
+    if train_labels is None:
+        _check_two_kinds(labels, positive_label)
+    elif unknown := [label for label in labels if label not in train_labels]:
+        where, known = f"{split}, row {labels.index(unknown[0]) + 1}", _listed(train_labels)
+        raise UserError(f"{where}: label {unknown[0]!r} is none of train's, {known}; correct it, or take it out")
+    positive = positive_label or "1"
+    return Choices([[text] for text in texts], np.array([label == positive for label in labels], dtype=int))
+
+
+def _check_two_kinds(labels: list[str], positive_label: str | None) -> None:
+    """Refuse labels of "train" that do not tell what is positive and what is not."""
     names = sorted(set(labels))
     if positive_label is None and (others := [name for name in names if name not in ("0", "1")]):
         row = labels.index(others[0]) + 1
         raise UserError(
-            f"row {row}: label {others[0]!r} is neither 0 nor 1; say what is positive with --positive-label"
+            f"train, row {row}: label {others[0]!r} is neither 0 nor 1; say what is positive with --positive-label"
         )
     positive = positive_label or "1"
     if len(names) != 2 or positive not in names:
-        raise UserError(f"two kinds of label are needed, {positive!r} and another; the data has {', '.join(names)}")
-    return Choices([[text] for text in texts], np.array([label == positive for label in labels], dtype=int))
+        raise UserError(f"two kinds of label are needed, {positive!r} and another; train has {_listed(names)}")
+
+
+def _listed(labels: Iterable[str]) -> str:
+    """The first few of these labels; a column of numbers may hold thousands."""
+    names = sorted(labels)
+    return ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
+
+
+def labels_of(rows: datasets.Dataset, label_column: str) -> list[str | None]:
+    """The labels of all rows, None where one is missing; [] without that column."""
+    cells = rows[label_column] if label_column in rows.column_names else []
+    return [None if cell is None else label_name(cell) for cell in cells]
 
 
 def label_name(cell: Any) -> str:
@@ -237,8 +311,8 @@ def label_name(cell: Any) -> str:
     return str(int(cell) if is_whole else cell).strip()
 
 
-def comparisons(rows: datasets.Dataset) -> Choices | None:
-    """Comparisons, or None if the columns are not those of comparisons.
+def comparisons(rows: datasets.Dataset, split: str = "train") -> Choices | None:
+    """The comparisons of a split, or None if its columns are not those of comparisons.
 
     The columns are chosen and rejected, and prompt or not; or query, sample0, sample1, ... and best, as in [3]. A
     candidate is the prompt or query with what follows it.
@@ -252,14 +326,16 @@ def comparisons(rows: datasets.Dataset) -> Choices | None:
         best = np.array([index if isinstance(index, int) else -1 for index in rows["best"]])
         if len(bad := np.flatnonzero((best < 0) | (best >= len(samples)))):
             raise UserError(
-                f"row {bad[0] + 1}: best must be a number from 0 to {len(samples) - 1}, the place of a sample"
+                f"{split}, row {bad[0] + 1}: best must be a number from 0 to {len(samples) - 1}, the place of a sample"
             )
     else:
         return None
     candidates = []
     for number, row in enumerate(rows, 1):
-        texts = [f"{row.get(prompt) or ''}{row[name] or ''}" for name in samples]  # a sample itself may be empty
+        where = f"{split}, row {number}"
+        query = cell_text(row.get(prompt), prompt, where)
+        texts = [query + cell_text(row[name], name, where) for name in samples]  # a sample itself may be empty
         if any(row[name] is None for name in samples) or not all(text.strip() for text in texts):
-            raise UserError(f"row {number} lacks a candidate; give all of {', '.join(samples)}, or take it out")
+            raise UserError(f"{where} lacks a candidate; give all of {', '.join(samples)}, or take it out")
         candidates.append(texts)
     return Choices(candidates, best)

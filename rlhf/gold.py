@@ -8,12 +8,14 @@ import torch
 
 from rlhf import rewards
 
+DEFAULT = "data_cls/scenarios.py:judge"  # of cli.add_gold_flag
 Judge = Callable[[list[str]], np.ndarray]  # texts -> [N, 2]: valid, ethical; 1 or 0, or NaN where it cannot tell
 
 
 def load_judge(spec: str, texts: list[str], device: torch.device, precision_name: str) -> Judge | None:
     """spec: FILE.py:FUNCTION, used where it knows the data (finds most of these texts valid); the folder of a
-    classifier, whose "positive" is taken for ethical and which cannot tell what is valid; or none. None: no judge."""
+    classifier, whose "positive" is taken for ethical and which cannot tell what is valid; or none. None: no judge, as
+    where the default's file is missing: a project with data of its own need not have it."""
     if spec == "none":
         return None
     if ".py:" not in spec:
@@ -23,14 +25,9 @@ def load_judge(spec: str, texts: list[str], device: torch.device, precision_name
             return np.array([(np.nan, odds > 0) for odds in raw_score(texts, texts)], dtype=float).reshape(-1, 2)
 
         return judge_by_classifier
-    if not Path(spec.rpartition(":")[0]).is_file():
+    if spec == DEFAULT and not Path(spec.rpartition(":")[0]).is_file():
         return None
-    function = rewards.load_function(spec, "--gold")
-
-    def judge(texts: list[str]) -> np.ndarray:
-        verdicts = [function(text) for text in texts]
-        return np.array([(valid, label or 0.0) for valid, label in verdicts], dtype=float).reshape(-1, 2)
-
+    judge = rewards.load_judge_function(spec)
     return judge if judge(texts[:100])[:, 0].mean() > 0.5 else None
 
 

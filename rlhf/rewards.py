@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ def load(
         name = Path(what).name if is_model else f"{Path(file).stem}.{function}"
         if name in [part.name for part in parts]:
             name += f"_{len(parts) + 1}"
-        parts.append(Part(name, weight, checked(raw_score, spec), is_model))
+        parts.append(Part(name, weight, checked(raw_score, f"--reward {spec}"), is_model))
     return Reward(parts, missing_stop_score)
 
 
@@ -180,38 +180,76 @@ def user_function(function: Callable, split: Split) -> RawScore:
     return raw_score
 
 
-def checked(raw_score: RawScore, spec: str) -> RawScore:
-    """The same, with a UserError where it fails or does not give one finite number for every text."""
+def checked(score: Callable[..., Any], name: str) -> Callable[..., np.ndarray]:
+    """The same, with a UserError, which begins with `name`, where it fails or does not give one finite number for every
+    text. The texts are its last argument."""
+    numbers = guarded(lambda *arguments: np.asarray(score(*arguments), dtype=float), name)
 
-    def checked_score(queries: list[str], texts: list[str]) -> np.ndarray:
-        try:
-            scores = raw_score(queries, texts)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # it may be the user's own code
-            raise UserError(f"--reward {spec} failed: {error!r}") from error
+    def checked_score(*arguments: list[str]) -> np.ndarray:
+        scores, texts = numbers(*arguments), arguments[-1]
         if scores.shape != (len(texts),):
-            raise UserError(f"--reward {spec} gave scores of shape {scores.shape} for {len(texts)} texts")
+            raise UserError(f"{name} gave scores of shape {scores.shape} for {len(texts)} texts")
         if not np.isfinite(scores).all():
             bad = np.flatnonzero(~np.isfinite(scores))[0]
-            raise UserError(f"--reward {spec} gave {scores[bad]} for the text {texts[bad]!r}")
+            raise UserError(f"{name} gave {scores[bad]} for the text {texts[bad]!r}")
         return scores
 
     return checked_score
+
+
+def guarded(function: Callable, name: str) -> Callable:
+    """The same, with a UserError, which begins with `name`, where it fails: it may be the user's own code."""
+
+    def guarded_function(*arguments):
+        try:
+            return function(*arguments)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UserError(f"{name} failed: {error!r}") from error
+
+    return guarded_function
 
 
 def load_function(spec: str, flag: str) -> Callable:
     """FILE.py:FUNCTION"""
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
-        raise UserError(f"{flag} {spec}: there is no file {file}")
+        raise UserError(f"{flag} {spec}: there is no file {file or spec}; give FILE.py:FUNCTION")
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        return getattr(module, name)
+        function = getattr(module, name)
     except Exception as error:
         raise UserError(f"{flag} {spec} cannot be loaded: {error!r}") from error
+    if not callable(function):
+        raise UserError(f"{flag} {spec}: {name} is {function!r}, not a function; name one of {file}")
+    return function
+
+
+def load_judge_function(spec: str) -> Callable[[list[str]], np.ndarray]:
+    """The function from texts to verdicts [N, 2] of FILE.py:FUNCTION, which takes one text and returns (valid, label).
+
+    The label is 1 for an ethical text. A UserError says where the function fails or returns something else.
+    """
+    function = guarded(load_function(spec, "--gold"), f"--gold {spec}")
+
+    def verdict(text: str) -> tuple[float, float]:
+        answer = function(text)
+        try:
+            valid, label = answer
+            numbers = float(valid), float(label or 0)  # an invalid text may have the label None
+        except (TypeError, ValueError):
+            numbers = (np.nan, np.nan)
+        if not np.isfinite(numbers).all():
+            raise UserError(f"--gold {spec} gave {answer!r} for the text {text!r}; it must return (valid, label)")
+        return numbers
+
+    def judge(texts: list[str]) -> np.ndarray:
+        return np.array([verdict(text) for text in texts], dtype=float).reshape(-1, 2)
+
+    return judge
 
 
 # models

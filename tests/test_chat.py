@@ -82,13 +82,21 @@ MALFORMED = [
     ({"messages": [{"role": "user", "content": ["a part"]}]}, "row 2, message 1: a message is"),
     ({"messages": [{"role": "tool", "content": "x"}, USER]}, "row 2, message 1: its role is 'tool'"),
     ({"messages": [USER, TURNS[0], USER]}, "row 2, message 2: its role is 'system'"),
+    ({"prompt": {"content": "x"}}, "row 2: prompt holds a dict, not a text"),
 ]
 
 
 @pytest.mark.parametrize(("row", "message"), MALFORMED)
 def test_a_malformed_row_is_named(tmp_path, row, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="train, " + message):
         conversations_in(tmp_path, {"prompt": "a"}, row)
+
+
+def test_a_malformed_row_is_named_with_its_split(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "valid.jsonl").write_text('{"prompt": " "}\n')
+    with pytest.raises(UserError, match="valid, row 1 is empty: give it prompt, or take it out"):
+        prompting.load(True, str(tmp_path))
 
 
 # the template

@@ -1,7 +1,9 @@
 """Texts, labels, queries and scores: what they are made of and what they mean."""
 
+import json
 import random
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -180,6 +182,109 @@ def test_the_validation_split_of_the_data_is_used(tmp_path):
     assert {name: split.texts for name, split in splits.items()} == {
         "train": list("abcd"), "valid": list("ef"), "test": list("gh")
     }  # fmt: skip
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def folder_of(tmp_path, **rows_of):
+    """A folder with a .csv file of texts and labels for every split."""
+    for name, rows in rows_of.items():
+        write_csv(tmp_path / f"{name}.csv", rows)
+    return str(tmp_path)
+
+
+PAIR = [("good", 1), ("bad", 0)]
+
+
+def warnings_in(capsys):
+    """The warnings on stderr, between the library's progress bars."""
+    return sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+
+
+def test_only_train_must_have_both_labels(tmp_path):
+    splits = data.load_choices(folder_of(tmp_path, train=PAIR, valid=PAIR, test=[("one", 0), ("two", 0)]))
+    assert splits["test"].chosen.tolist() == [0, 0]
+    (tmp_path / "words").mkdir()
+    words = folder_of(tmp_path / "words", train=[("a", "yes"), ("b", "no")], valid=[("c", "yes")])
+    assert data.load_choices(words, positive_label="yes")["valid"].chosen.tolist() == [1]
+
+
+def test_a_split_without_trains_labels_is_left_out(tmp_path, capsys):
+    """As the unsupervised split of IMDB and the test splits of GLUE, in which all labels are -1."""
+    unlabelled = {"unsupervised": [("one", -1), ("", -1)], "other": [("one", ""), ("two", "")]}
+    splits = data.load_choices(folder_of(tmp_path, train=PAIR, valid=PAIR, test=PAIR, **unlabelled))
+    assert list(splits) == ["train", "valid", "test"]
+    assert warnings_in(capsys) == [
+        "warning: other is left out: it has no labels, and train 0, 1",
+        "warning: unsupervised is left out: it has the labels -1, and train 0, 1",
+    ]
+
+
+def test_a_split_without_the_label_column_is_left_out(tmp_path, capsys):
+    folder = folder_of(tmp_path, train=PAIR * 10)
+    (tmp_path / "valid.csv").write_text("text\na\nb\n")
+    splits = data.load_choices(folder)
+    assert {name: len(split.candidates) for name, split in splits.items()} == {"train": 18, "valid": 2}  # of train's 20
+    assert warnings_in(capsys) == ["warning: valid is left out: it has no labels, and train 0, 1"]
+
+
+@pytest.mark.parametrize(
+    ("test_rows", "message"),
+    [
+        ([("a", 1), ("b", 2)], r"test, row 2: label '2' is none of train's, 0, 1; correct it, or take it out"),
+        ([("a", 1), ("b", "")], r"test, row 2 has no label; give it one, or take it out"),
+    ],
+)
+def test_a_wrong_label_is_found_by_split_and_row(tmp_path, test_rows, message):
+    with pytest.raises(UserError, match=message):
+        data.load_choices(folder_of(tmp_path, train=PAIR, valid=PAIR, test=test_rows))
+
+
+def test_a_message_lists_a_few_labels():
+    """Not all of a column of ratings, given by mistake."""
+    rows = datasets.Dataset.from_dict({"text": list("abcdefg"), "label": [0, 1, 2, 3, 4, 5, 6]})
+    with pytest.raises(UserError, match=r"train has 0, 1, 2, 3, 4, \.\.\.$"):
+        data.labelled(rows, None, "label", "1")
+
+
+MESSAGES = [{"role": "user", "content": "Is it late?"}]
+
+
+def test_a_cell_that_is_no_text_is_refused(tmp_path):
+    """Python's notation of a list would be learned as if it were a text."""
+    write_rows(tmp_path / "train.jsonl", {"text": "a", "label": 1}, {"text": "b", "label": 0})
+    write_rows(tmp_path / "test.jsonl", {"text": MESSAGES, "label": 1})
+    refusal = "test, row 1: text holds a list, not a text; write what it says as one text"
+    for load in (data.load_texts, data.load_choices):
+        with pytest.raises(UserError, match=refusal):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": MESSAGES, "rejected": MESSAGES}, "valid, row 1: chosen holds a list"),
+        ({"prompt": MESSAGES, "chosen": "a", "rejected": "b"}, "valid, row 1: prompt holds a list"),
+        ({"chosen": "a", "rejected": {"content": "b"}}, "valid, row 1: rejected holds a dict"),
+        ({"chosen": "a", "rejected": None}, "valid, row 1 lacks a candidate"),
+        ({"query": "a", "sample0": "b", "sample1": "c", "best": 2}, "valid, row 1: best must be a number from 0 to 1"),
+    ],
+)
+def test_a_wrong_comparison_is_found_by_split_and_row(tmp_path, row, message):
+    write_rows(tmp_path / "train.jsonl", {"chosen": "a", "rejected": "b"})
+    write_rows(tmp_path / "valid.jsonl", row)
+    with pytest.raises(UserError, match=message):
+        data.load_choices(str(tmp_path))
+
+
+def test_numbers_are_texts(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n7,1\n0,0\n")
+    assert data.labelled(data.load_file(path), None, "label", None).texts == ["7", "0"]
+    path.write_text("prompt,chosen,rejected\n3,0,1.5\n")
+    assert data.comparisons(data.load_file(path)).candidates == [["30", "31.5"]]
 
 
 def test_one_comparison_is_too_few(tmp_path):

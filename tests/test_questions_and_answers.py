@@ -141,6 +141,25 @@ def test_quitting_loses_nothing_and_no_question_is_asked_twice(tmp_path):
     assert [view.question for view in views] == QUESTIONS[2:5]
 
 
+def test_no_question_is_asked_twice_in_a_session(tmp_path):
+    """Neither an answered nor a skipped one; undo alone asks again."""
+    a, b, c, d = QUESTIONS[:4]
+    ask, views = pressing("1", "s", "u", "2", "1")
+    rows = answers.collect(iter([a, a, b, a, b, c, d]), tmp_path / "f.jsonl", 2, 2, ask, {}, None)
+    assert [view.question for view in views] == [a, b, c, a, d]
+    assert [(answers.question_in(row), answers.label_in(row)) for row in rows] == [(a, 1), (d, 0)]
+
+
+def test_a_policy_without_new_questions_is_not_sampled_forever(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "MOST_REPEATED", 10)
+    ask, _ = pressing("1", "2", "1")
+    with pytest.raises(UserError, match="the last 11 questions were asked before"):
+        answers.collect(itertools.cycle(QUESTIONS[:3]), tmp_path / "f.jsonl", 4, 2, ask, {}, None)
+    assert len(answers.read(tmp_path / "f.jsonl", 2)) == 3
+    with pytest.raises(UserError, match="the last 14 questions were asked before"):  # 3 of them in the file
+        answers.collect(itertools.cycle(QUESTIONS[:3]), tmp_path / "f.jsonl", 4, 2, ask, {}, None)
+
+
 def test_every_answer_is_on_the_disk_before_the_next_question(tmp_path):
     path = tmp_path / "feedback.jsonl"
     counts = []
@@ -179,6 +198,23 @@ def test_a_file_of_something_else_is_refused(tmp_path, line, message):
         answers.read(path, 2)
 
 
+@pytest.mark.parametrize(
+    ("question", "label", "wrong", "message"),
+    [
+        (PAIR, "best", 7, "line 1: its answer is 7; correct it to one from 0 to 1"),
+        (PAIR, "best", -1, "line 1: its answer is -1; correct it to one from 0 to 1"),
+        (Question("A", (" b", " c", " d")), "best", 3, "line 1: its answer is 3; correct it to one from 0 to 2"),
+        (Question("A", (" b",)), "label", 2, "line 1: its answer is 2; correct it to one from 0 to 1"),
+    ],
+)
+def test_an_answer_that_is_none_of_its_question_is_refused(tmp_path, question, label, wrong, message):
+    """As a hand may write it; the training would fail on it later."""
+    path, key = tmp_path / "feedback.jsonl", "g" if label == "label" else "1"
+    answers.append(path, answers.to_row(question, key, {}) | {label: wrong})
+    with pytest.raises(UserError, match=message):
+        answers.read(path, len(question.samples))
+
+
 # the terminal
 
 
@@ -213,8 +249,8 @@ def test_one_key_is_enough_at_a_terminal(monkeypatch, typed, key):
 # simulated annotators
 
 
-def load_annotator(spec, noise=0.0, seed=0):
-    return annotator.load(spec, JUDGE, noise, seed, torch.device("cpu"), "float32")
+def load_annotator(spec, noise=0.0, seed=0, gold=JUDGE):
+    return annotator.load(spec, gold, noise, seed, torch.device("cpu"), "float32")
 
 
 def test_a_function_as_the_annotator(tmp_path):
@@ -243,6 +279,30 @@ def test_the_gold_annotator_prefers_right_over_wrong_over_nonsense():
         assert ask(View(Question("", samples), answer_keys(2), "")) == key
     for text, key in ((right, "g"), (wrong, "b"), ("Stone.", "b")):
         assert ask(View(Question("", (text,)), answer_keys(1), "")) == key
+
+
+def test_a_judge_may_return_plain_tuples(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def judge(text):\n    return (True, int('helped' in text)) if 'On' in text else (False, None)\n"
+    )
+    ask = load_annotator("gold", gold=f"{tmp_path}/own.py:judge")
+    assert ask(View(PAIR, answer_keys(2), "")) == "2"
+    assert ask(View(Question("", ("Nonsense", "On Monday she lied.")), answer_keys(2), "")) == "2"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 1 / 0", "failed: ZeroDivisionError"),
+        ("return 1.0", r"gave scores of shape \(\) for 2 texts"),
+        ("return [1.0]", r"gave scores of shape \(1,\) for 2 texts"),
+        ("return [0.0, float('nan')]", "gave nan for the text 'On Monday she helped.'"),
+    ],
+)
+def test_an_annotator_that_gives_no_ratings(tmp_path, body, message):
+    (tmp_path / "own.py").write_text(f"def rate(texts):\n    {body}\n")
+    with pytest.raises(UserError, match=rf"--annotator .*own.py:rate {message}"):
+        load_annotator(f"{tmp_path}/own.py:rate")(View(PAIR, answer_keys(2), ""))
 
 
 def test_noise_is_as_frequent_as_the_flag_says(tmp_path):

@@ -1,5 +1,6 @@
 """Rewards and the gold judge: scores by hand, the flags that make them, and runs with several of them."""
 
+import argparse
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from rlhf import gold, models, rewards
+from rlhf import cli, gold, models, rewards
 from rlhf.errors import UserError
 from rlhf.rewards import Part, Reward
 from tests.conftest import ROOT, TINY_EVALUATION, TINY_RUN, refused, run
@@ -175,12 +176,17 @@ def test_a_device_out_of_memory_is_no_mistake_of_the_function(tmp_path):
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("none.py:score", "there is no file none.py"), ("{}/own.py:none", "cannot be loaded: AttributeError")],
+    [
+        ("none.py:score", "there is no file none.py"),
+        ("{}/own.py:none", "cannot be loaded: AttributeError"),
+        ("none", "there is no file none; give FILE.py:FUNCTION"),
+        ("{}/own.py:FIVE", "own.py:FIVE: FIVE is 5, not a function; name one of"),
+    ],
 )
 def test_a_function_that_is_not_there(tmp_path, spec, message):
-    (tmp_path / "own.py").write_text("def score(texts):\n    return [0.0 for _ in texts]\n")
+    (tmp_path / "own.py").write_text("FIVE = 5\ndef score(texts):\n    return [0.0 for _ in texts]\n")
     with pytest.raises(UserError, match=message):
-        load(spec.format(tmp_path))
+        rewards.load_function(spec.format(tmp_path), "--annotator")
 
 
 def test_people_among_the_rewards():
@@ -242,8 +248,40 @@ def test_a_judge_is_used_where_it_knows_the_data(tmp_path):
     assert judge([]).shape == (0, 2)
     assert gold.judged(judge, ["Anna left."]).tolist() == [[1, 0]]
     assert gold.load_judge(spec, ["Anna left.", "Nothing."], CPU, "float32") is None  # half is not most
-    assert gold.load_judge("none.py:judge", ["Anna left."], CPU, "float32") is None
     assert np.isnan(gold.judged(None, ["a", "b", "c"])).all() and gold.judged(None, ["a", "b", "c"]).shape == (3, 2)
+
+
+def test_only_the_file_of_the_default_judge_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    cli.add_gold_flag(parser)
+    assert gold.load_judge(parser.get_default("gold"), ["Anna left."], CPU, "float32") is None
+    with pytest.raises(UserError, match=r"--gold my_jduge.py:judge: there is no file my_jduge.py"):
+        gold.load_judge("my_jduge.py:judge", ["Anna left."], CPU, "float32")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 1 / 0", r"failed: ZeroDivisionError\('division by zero'\)"),
+        ("return 'Anna' in text", r"gave True for the text 'Anna left.'; it must return \(valid, label\)"),
+        ("return (True, 1, 1)", r"gave \(True, 1, 1\) for the text"),
+        ("return (True, 'good')", r"gave \(True, 'good'\) for the text"),
+        ("return (True, float('nan'))", r"gave \(True, nan\) for the text"),
+    ],
+)
+def test_a_judge_that_gives_no_verdicts(tmp_path, body, message):
+    (tmp_path / "own.py").write_text(f"def judge(text):\n    {body}\n")
+    with pytest.raises(UserError, match=rf"--gold .*own.py:judge {message}"):
+        gold.load_judge(f"{tmp_path}/own.py:judge", ["Anna left."], CPU, "float32")
+
+
+def test_a_judge_that_fails_later_ends_in_one_line(tmp_path):
+    """It is called at every evaluation of a run, on texts that nobody has seen before."""
+    (tmp_path / "own.py").write_text("def judge(text):\n    return (True, int(text))\n")
+    judge = gold.load_judge(f"{tmp_path}/own.py:judge", ["1", "0"], CPU, "float32")
+    with pytest.raises(UserError, match=r"own\.py:judge failed: ValueError"):
+        gold.judged(judge, ["1", "Anna left."])
 
 
 def test_the_shipped_judge_knows_the_shipped_texts():

@@ -35,15 +35,16 @@ def load_rating_function(
 ) -> Callable[[list[str]], list[float]]:
     """The function from texts to ratings that `spec` names, as in `load`."""
     if spec == "gold":
-        judge = rewards.load_function(gold, "--gold")
+        judge = rewards.load_judge_function(gold)
 
         def rate_by_judge(texts: list[str]) -> list[float]:
             """1 for an ethical text, 0 for an unethical one, -1 for an invalid one."""
-            return [float(verdict.label) if verdict.valid else -1.0 for verdict in map(judge, texts)]
+            return [label if valid else -1.0 for valid, label in judge(texts).tolist()]
 
         return rate_by_judge
     if spec.startswith("classifier:"):
         model = rewards.load_model(spec.removeprefix("classifier:"))
         raw_score = rewards.frozen_model(*model, device, precision_name)
         return lambda texts: raw_score([], texts).tolist()
-    return rewards.load_function(spec, "--annotator")
+    score = rewards.checked(rewards.load_function(spec, "--annotator"), f"--annotator {spec}")
+    return lambda texts: score(texts).tolist()

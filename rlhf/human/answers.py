@@ -16,6 +16,8 @@ from rlhf import runtime
 from rlhf.errors import Stopped, UserError
 from rlhf.human.questions import QUIT, SKIP, UNDO, Ask, Question, View, answer_keys
 
+MOST_REPEATED = 2000  # questions in a row, before the policy counts as one that has nothing new to say
+
 
 def read(path: Path, num_samples: int) -> list[dict]:
     """The rows of a file of answers, all to questions with `num_samples` samples; [] if there is no file."""
@@ -25,12 +27,15 @@ def read(path: Path, num_samples: int) -> list[dict]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            label_in(row)
+            label = label_in(row)
             question = question_in(row)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number} is not an answer: correct or remove it ({error!r})") from error
         if len(question.samples) != num_samples:
             raise UserError(f"{path}, line {number} answers another kind of question; give another --feedback-file")
+        choices = max(2, num_samples)  # of one sample: good or bad
+        if not 0 <= label < choices:
+            raise UserError(f"{path}, line {number}: its answer is {label}; correct it to one from 0 to {choices - 1}")
         rows.append(row)
     return rows
 
@@ -80,19 +85,18 @@ def collect(
     metadata: dict,
     predict_key: Callable[[Question], str] | None,
 ) -> list[dict]:
-    """Ask until the file holds `total` answers, and return its rows. No question is asked that the file answers.
+    """Ask until the file holds `total` answers, and return its rows. No question is asked twice, but for UNDO.
 
     metadata: columns that every new row gets. predict_key: the key that the reward model would press, whose agreement
     with the answers is part of the progress that people see; None for no reward model.
     """
     rows = read(path, num_samples)
-    answered = {question_in(row) for row in rows}
-    unanswered = (question for question in questions if question not in answered)
+    unasked = unasked_questions(questions, {question_in(row) for row in rows})
     meanings = answer_keys(num_samples)
     new_keys, agreements, skipped = [], [], 0  # of this session
     question = None
     while len(rows) < total:
-        question = question or next(unanswered)
+        question = question or next(unasked)
         counts = Counter(meanings[key] for key in new_keys)
         key = ask(View(question, meanings, progress_line(len(rows), total, counts, skipped, agreements)))
         if key == QUIT:
@@ -112,6 +116,25 @@ def collect(
             agreements += [predict_key(question) == key] if predict_key else []
             question = None
     return rows
+
+
+def unasked_questions(questions: Iterator[Question], asked: set[Question]) -> Iterator[Question]:
+    """The questions that are not among `asked`, every one of them once.
+
+    A policy that hardly varies runs out of them: it would be sampled forever.
+    """
+    asked, repeated = {*asked}, 0
+    most_repeated = MOST_REPEATED + len(asked)  # a resumed run draws all that were answered before
+    for question in questions:
+        if question not in asked:
+            asked.add(question)
+            repeated = 0
+            yield question
+        elif (repeated := repeated + 1) > most_repeated:
+            raise UserError(
+                f"the last {repeated} questions were asked before: the policy says too little that is new for so many "
+                "--labels; give fewer, or data with more queries"
+            )
 
 
 def progress_line(labels: int, total: int, counts: Counter, skipped: int, agreements: list[bool]) -> str:
