@@ -57,49 +57,84 @@ def summary(results: Path) -> str:
     return table("task", rows)
 
 
+def right_on_test(results: Path, task: str) -> str:
+    """How often the two models of a task of real text are right."""
+    reward, judge = (
+        load(results / f"pretrained/{task}/{model}_metrics.json")["results"]["test"]["accuracy"]
+        for model in ("reward", "judge")
+    )
+    return f"on the test texts of *{task}* the reward model is right on {reward:.0%}, the judge on {judge:.0%}"
+
+
 def pretrained(results: Path) -> str:
     runs = evaluations(results)
-    right = {
-        model: load(results / f"pretrained/sentiment/{model}_metrics.json")["results"]["test"]["accuracy"]
-        for model in ("reward", "judge")
-    }
-    sentiment = runs[runs.task == "sentiment"]
+    tasks = {task: of_task for task, of_task in runs.groupby("task")}
+    missing = ", ".join(f"*{task}*" for task in TASKS if task not in tasks)
+    real = runs[runs.task != "world"]
     return section(
         "Does it work with a pretrained model?",
         "SmolLM2-135M-Instruct, whose weights come in a package (GGUF of 4 bits, float32 from then on), is fine-tuned "
         "for one pass on texts of the task; that is the reference. The reward model is MiniLM. On real text SmolLM2 is "
-        "the judge, too, from the other half of the labels. On SST-2's test sentences the reward model is right on "
-        f"{right['reward']:.0%}, the judge on {right['judge']:.0%}.",
-        "The tasks: " + "; ".join(f"*{task}*: {TASKS[task]}" for task in runs.task.unique()) + ".",
-        claim(set(runs.task) == {"sentiment"}, "*ethics* and *world* have not been run with these settings yet."),
+        "the judge, too, from the other half of the labels: "
+        + "; ".join(right_on_test(results, task) for task in real.task.unique())
+        + ".",
+        "The tasks: " + "; ".join(f"*{task}*: {TASKS[task]}" for task in TASKS if task in tasks) + ".",
+        claim(bool(missing), f"{missing} has not been run with these settings yet."),
         summary(results),
-        "![Score against KL: PPO, best-of-n and the optimum](../data_results/pretrained/fig_sentiment.png)",
+        *(
+            f"![Score against KL: PPO, best-of-n and the optimum ({task})](../data_results/pretrained/fig_{task}.png)"
+            for task in TASKS
+            if task in tasks
+        ),
         "*Perplexity* under the reference and *distinct pairs of words* are relative to the reference's own texts. The "
         "share of the optimum is not known at this KL.",
-        claim(
-            (sentiment.distinct < 0.8).sum() == 1 and len(sentiment) == 3,
-            "The policy repeats itself more: in one run of three the distinct pairs fall to "
-            f"{sentiment.distinct.min():.2f} of the reference's, in the others to {sentiment.distinct.median():.2f} "
-            f"and {sentiment.distinct.max():.2f}.",
-        ),
-        claim(
-            (sentiment.judge >= 0.9).all() and (sentiment.kl < 4).all() and (sentiment.perplexity < 1.1).all(),
-            "On film reviews the judge agrees with the reward model: with each seed it finds at least nine tenths of "
-            "the texts positive, at less than 4 nats, and the reference finds them as likely as its own.",
-        ),
-        claim(
-            (sentiment.kl > 2 * frontier.best_of_n_kl_bound(8)).all() and (sentiment.best_of_8 > 0.9).all(),
-            f"It is not cheap: best of 8 has nine tenths too, at {frontier.best_of_n_kl_bound(8):.1f} nats at most.",
-        ),
-        "Read one by one, the texts are English, and reviews. They turn a negative opening around (*slow, drab, "
-        "somewhat amusing, and really enjoyable*; *extremely unfunny, yet remarkable*), are shorter, and praise in "
-        "stock words: *good*, *excellent*, *beautiful*. What a film is about is said less often.",
+        *of_sentiment(tasks["sentiment"]),
+        *of_ethics(results, tasks["ethics"]),
         "RL4LMs has 0.49 → 0.61 for the mean of a reward model with GPT-2 on IMDB, at a perplexity of 32.2 → 33.5 "
         "(allenai/RL4LMs, issue 28), and TRL's notebook gpt2-sentiment a mean logit of 0.16 → 1.69 over 16 texts "
         "(commit f5f2472). These are the same kind of number; texts, reward models, lengths and episodes differ.",
         files(results, "make pretrained TASK=sentiment DATA=... SEEDS=3", "pretrained")
         + " Twenty random pairs of texts before and after PPO are in `pairs.csv` of every run, and in the notebook.",
     )
+
+
+def of_sentiment(runs: pd.DataFrame) -> list[str]:
+    return [
+        claim(
+            (runs.distinct < 0.8).sum() == 1 and len(runs) == 3,
+            "*Film reviews.* The policy repeats itself more: in one run of three the distinct pairs fall to "
+            f"{runs.distinct.min():.2f} of the reference's, in the others to {runs.distinct.median():.2f} "
+            f"and {runs.distinct.max():.2f}.",
+        ),
+        claim(
+            (runs.judge >= 0.9).all() and (runs.kl < 4).all() and (runs.perplexity < 1.1).all(),
+            "The judge agrees with the reward model: with each seed it finds at least nine tenths of "
+            "the texts positive, at less than 4 nats, and the reference finds them as likely as its own.",
+        ),
+        claim(
+            (runs.kl > 2 * frontier.best_of_n_kl_bound(8)).all() and (runs.best_of_8 > 0.9).all(),
+            f"It is not cheap: best of 8 has nine tenths too, at {frontier.best_of_n_kl_bound(8):.1f} nats at most.",
+        ),
+        "Read one by one, the texts are English, and reviews. They turn a negative opening around (*slow, drab, "
+        "somewhat amusing, and really enjoyable*; *extremely unfunny, yet remarkable*), are shorter, and praise in "
+        "stock words: *good*, *excellent*, *beautiful*. What a film is about is said less often.",
+    ]
+
+
+STOCK = r"apolog|offer|help|thank"  # what people do in the texts after PPO
+
+
+def of_ethics(results: Path, runs: pd.DataFrame) -> list[str]:
+    folders = sorted((results / "pretrained").glob("ethics_seed*"))
+    pairs = pd.concat([pd.read_csv(folder / "pairs.csv", keep_default_na=False) for folder in folders])
+    stock = {when: pairs[f"response_{when}"].str.contains(STOCK).mean() for when in ("before", "after")}
+    return [
+        claim(
+            (runs.judge >= 0.8).all() and (runs.kl < 6).all(),
+            "*Moral stories.*",
+        ),
+        claim(stock["after"] > 2 * stock["before"], f"{stock['before']:.0%} {stock['after']:.0%}"),
+    ]
 
 
 def trials_of(results: Path) -> pd.DataFrame:

@@ -145,7 +145,7 @@ def check_lora(args: argparse.Namespace, name: str, flag: str) -> None:
 def add_gold_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gold",
-        default="data_cls/scenarios.py:judge",
+        default=DEFAULT_GOLD,
         help="held-out judge, for evaluation only: FILE.py:FUNCTION, used where it knows the data, the folder of a "
         "second classifier, or none",
     )
@@ -218,7 +218,7 @@ def add_rollout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--stop-after", type=number(int, 0), default=0, help="tokens before --stop counts")
 
 
-DEFAULT_REWARD = "models/cls"
+DEFAULT_REWARD, DEFAULT_GOLD = "models/cls", "data_cls/scenarios.py:judge"
 
 
 def add_reward_flags(group: argparse._ArgumentGroup) -> None:
