@@ -9,7 +9,8 @@ The weights are those of the packages in requirements-pretrained.txt, or of fold
 model and judge learn from different halves of the labels; in the shipped world the gold judge judges. Writes models to
 models/pretrained/<task>/, their metrics to data_results/pretrained/<task>/, and run folders to
 data_results/pretrained/<task>_seed<seed>/, with twenty random texts before and after in pairs.csv; and
-fig_<task>.png. Where other models are given, their names follow the task's. Goes on where it stopped.
+fig_<task>.png and fig_<task>_judge.png. Where other models are given, their names follow the task's. Goes on where it
+stopped.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import hard_frames
+from experiments import grid_plots, hard_frames
 from experiments.commands import run
 from experiments.real_data import SOURCES
 from rlhf import cli, models, plots, runtime
@@ -73,6 +74,9 @@ def main() -> None:
             hard_frames.evaluate(folder, runtime.set_up("auto", 0), HARD_SAMPLES)
     title = f"Score and KL: PPO, best-of-n and the optimum ({name})"
     plots.save(RESULTS / f"fig_{name}.png", title, plots.draw_frontier, plots.load_evaluations(runs))
+    if logs := judged_logs(runs):
+        title = f"The reward model's mean and the judge's share during PPO ({name})"
+        plots.save(RESULTS / f"fig_{name}_judge.png", title, grid_plots.draw_said_and_true, {name: logs})
     for folder in runs:
         write_pairs(folder)
         cut_worst_query(folder)
@@ -121,6 +125,12 @@ def unpack(folder: str) -> None:
     (file,) = package.glob(f"*{models.GGUF}")
     model, tokenizer = models.load_policy(str(file), "--policy")
     models.save_folder(folder, model, tokenizer, f"{file.name}, in float32.\n")
+
+
+def judged_logs(runs: list[Path]) -> list[pd.DataFrame]:
+    """The logs of the runs whose texts a judge saw in every update."""
+    logs = [pd.read_csv(folder / "log.csv") for folder in runs]
+    return [log for log in logs if log.gold_ethical.notna().all()]
 
 
 def write_pairs(folder: Path) -> None:

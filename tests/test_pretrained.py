@@ -20,6 +20,7 @@ def commands(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "unpack", lambda folder: started.append(("unpack", folder)))
     monkeypatch.setattr(pretrained, "write_pairs", lambda folder: None)
     monkeypatch.setattr(pretrained, "cut_worst_query", lambda folder: None)
+    monkeypatch.setattr(pretrained, "judged_logs", lambda runs: runs)
     monkeypatch.setattr(pretrained.plots, "save", lambda path, *_: started.append(("figure", str(path))))
     monkeypatch.setattr(pretrained, "show", lambda folder: None)
     monkeypatch.setattr(pretrained.hard_frames, "write_texts", lambda folder, every: None)
@@ -49,9 +50,9 @@ def test_real_texts_have_a_judge_of_other_labels_another_seed_and_another_archit
         "train_nlg.py",
         *["finetuning_nlg.py"] * 2,
         "evaluate_nlg.py",
-        "figure",
+        *["figure"] * 2,
     ]
-    reward, judge, generator, first, second, evaluation, figure = (flags for _, flags in commands[3:])
+    reward, judge, generator, first, second, evaluation, *figures = (flags for _, flags in commands[3:])
     assert [flag(reward, "model"), flag(judge, "model")] == [pretrained.ENCODER, pretrained.POLICY]
     assert flag(reward, "data").endswith("rows/reward") and flag(judge, "data").endswith("rows/judge")
     assert flag(reward, "seed") != flag(judge, "seed")
@@ -62,7 +63,7 @@ def test_real_texts_have_a_judge_of_other_labels_another_seed_and_another_archit
         assert flag(ppo, "reward") == flag(reward, "out") and flag(ppo, "gold") == flag(judge, "out")
         assert (flag(ppo, "seed"), flag(ppo, "run")) == (str(seed), f"sentiment_seed{seed}")
     assert flag(evaluation, "gold") == flag(judge, "out")
-    assert figure == "data_results/pretrained/fig_sentiment.png"
+    assert figures == [f"data_results/pretrained/fig_sentiment{what}.png" for what in ("", "_judge")]
 
 
 def test_in_the_shipped_world_the_language_model_learns_its_texts_and_the_gold_judge_judges(commands, monkeypatch):
@@ -123,6 +124,14 @@ def test_a_long_query_is_cut_in_the_pairs():
     assert pretrained.beginning("one two three four five six seven eight nine") == (
         "one two three four five six seven eight ..."
     )
+
+
+def test_runs_whose_judge_came_later_are_not_in_the_figure_of_the_judge(tmp_path):
+    for name, share in (("a", 0.5), ("b", None)):
+        (tmp_path / name).mkdir()
+        pd.DataFrame({"kl": [1.0], "gold_ethical": [share]}).to_csv(tmp_path / name / "log.csv", index=False)
+    (log,) = pretrained.judged_logs([tmp_path / "a", tmp_path / "b"])
+    assert log.gold_ethical.tolist() == [0.5]
 
 
 def test_the_worst_query_is_cut_once(tmp_path):
