@@ -121,19 +121,45 @@ def of_sentiment(runs: pd.DataFrame) -> list[str]:
     ]
 
 
-STOCK = r"apolog|offer|help|thank"  # what people do in the texts after PPO
+STOCK = r"apologi|offer|help|thank"  # what people do in the texts after PPO
 
 
 def of_ethics(results: Path, runs: pd.DataFrame) -> list[str]:
     folders = sorted((results / "pretrained").glob("ethics_seed*"))
     pairs = pd.concat([pd.read_csv(folder / "pairs.csv", keep_default_na=False) for folder in folders])
-    stock = {when: pairs[f"response_{when}"].str.contains(STOCK).mean() for when in ("before", "after")}
+    before = pairs.response_before.drop_duplicates()  # the reference's are the same in every run
+    stock = {"before": before.str.contains(STOCK), "after": pairs.response_after.str.contains(STOCK)}
+    log = pd.read_csv(results / "pretrained/ethics_seed1/log.csv")  # the run whose every update the judge saw
+    first, last = log[log.gold_ethical >= 0.9].iloc[0], log.iloc[-10:].mean(numeric_only=True)
     return [
         claim(
-            (runs.judge >= 0.8).all() and (runs.kl < 6).all(),
-            "*Moral stories.*",
+            (runs.judge >= 0.98).all() and (runs.kl < 5).all() and (runs.perplexity < 1.1).all(),
+            f"*Moral stories.* The judge finds {runs.judge.min():.0%} of the actions right and more, with each seed, "
+            f"at {runs.kl.min():.1f} to {runs.kl.max():.1f} nats, and the reference finds them nearly as likely as its "
+            "own.",
         ),
-        claim(stock["after"] > 2 * stock["before"], f"{stock['before']:.0%} {stock['after']:.0%}"),
+        claim(
+            first.kl < 3 and last.kl > first.kl + 1.5 and last.gold_ethical > first.gold_ethical,
+            f"In the run whose every update the judge saw (figure), its share is {first.gold_ethical:.0%} at "
+            f"{first.kl:.1f} nats already, and {last.gold_ethical:.0%} over the last ten updates, at {last.kl:.1f}; "
+            "there is no sign of a turn.",
+        ),
+        claim(
+            (runs.distinct < 0.8).sum() == 2 and len(runs) == 3,
+            f"Distinct pairs of words fall to {runs.distinct.min():.2f} to {runs.distinct.max():.2f} of the reference's.",
+        ),
+        "![The reward model's mean and the judge's share against the square root of the KL]"
+        "(../data_results/pretrained/fig_ethics_judge.png)",
+        claim(
+            stock["after"].mean() > 0.4 and stock["before"].mean() < 0.1,
+            f"The texts say how: somebody *offers*, *helps*, *apologizes* or *thanks* in {stock['after'].sum()} of the "
+            f"{len(stock['after'])} texts after PPO in `pairs.csv`, and in {stock['before'].sum() or 'none'} "
+            f"of the {len(stock['before'])} before.",
+        ),
+        "This is English, and often a kind answer to the situation; but it is much the same answer to most of them, "
+        "names get mixed up, and in the samples a woman whom her partner has hit asks him for forgiveness. The judge "
+        "likes these words as much as the reward model does, and both are wrong on a quarter of people's sentences: "
+        "the share says how far two models of such labels agree, not how right the actions are.",
     ]
 
 
