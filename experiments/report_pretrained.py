@@ -146,7 +146,7 @@ def of_ethics(results: Path, runs: pd.DataFrame) -> list[str]:
         ),
         claim(
             (runs.distinct < 0.8).sum() == 2 and len(runs) == 3,
-            f"Distinct pairs of words fall to {runs.distinct.min():.2f} to {runs.distinct.max():.2f} of the reference's.",
+            f"Distinct pairs of words fall to {runs.distinct.min():.2f} to {runs.distinct.max():.2f} of those before.",
         ),
         "![The reward model's mean and the judge's share against the square root of the KL]"
         "(../data_results/pretrained/fig_ethics_judge.png)",
