@@ -43,7 +43,7 @@ def test_a_file_is_a_policy_that_saves_and_loads_again_bit_for_bit(smollm2, smol
 
 def test_a_file_is_a_classifier_with_a_new_head_but_no_finished_one(smollm2_file):
     options = {"auto_class": AutoModelForSequenceClassification, "name": smollm2_file, "num_labels": 2}
-    model, _ = models.load_pretrained(flag="--model", **options)
+    model, _ = models.load_pretrained(flag="--model", new_head=True, **options)
     assert model.score.weight.shape == (2, model.config.hidden_size)
     with pytest.raises(UserError, match=r"its weights lack score\.weight"):
         models.load_pretrained(flag="--reward", **options)
