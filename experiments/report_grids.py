@@ -233,7 +233,8 @@ def critic(results: Path) -> str:
         "So `--critic-warmup` is off by default. With a pretrained model it has not been tried.",
         table_of_runs("critic", runs, CRITICS, ["fraction_of_optimum", *GOLD]),
         figure("critic", "Share of the optimum by variant, a dot a seed"),
-        files(results, "python -m experiments.study critic", "critic.csv", "critic"),
+        files(results, "python -m experiments.study critic", "critic.csv", "critic")
+        + " The commit of most of these runs was not kept.",
     )
 
 
