@@ -32,7 +32,6 @@ SHARED = "policy reward data data_config data_revision text_column query_length 
 SHARED += ["stop", "stop_after", "missing_stop_score", "chat", "reward_sees"]  # settings that runs must have in common
 TRUSTED_ESS = 30  # below this many effective samples a query, the optimum is not known well
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-MEND = "train every run with an --out of its own, or name its policy with --policy"
 OLDER = {"chat": False, "reward_sees": "both"}  # settings that older runs lack
 Evaluate = Callable[[list[str], list[str], torch.Tensor], pd.DataFrame]  # queries, texts, terminated -> a row a text
 
@@ -79,7 +78,8 @@ def load_tuned(folder: str | None, run: Path, trained: argparse.Namespace, token
         made = json.loads(record.read_text(encoding="utf-8"))["settings"]
         if (made["results"], made["run"]) != (trained.results, trained.run):
             raise UserError(
-                f"{name} has the policy of {made['results']}/{made['run']} by now, and not of {run}; {MEND}"
+                f"{name} has the policy of {made['results']}/{made['run']} by now, and not of {run}: train every run "
+                "with an --out of its own, or name its policy with --policy"
             )
     policy, its_tokenizer = models.load_policy(name, "--policy")
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -117,8 +117,8 @@ def main() -> None:
     judge = gold.load_judge(args.gold, valid_texts, device, args.precision)
     held_out = prompts.held_out_queries(texts, trained.query_length)
     queries = random.Random(args.seed).sample(held_out, min(args.queries, len(held_out)))
-    for run, (trained, _) in runs.items():
-        load_tuned(args.policy, run, trained, tokenizer)  # what cannot be evaluated is refused before the long part
+    for run, (settings, _) in runs.items():
+        load_tuned(args.policy, run, settings, tokenizer)  # what cannot be evaluated is refused before the long part
 
     # the reference's many samples, from which the optimum is estimated, and its answers to compare with
     def evaluate(queries: list[str], texts: list[str], terminated: torch.Tensor) -> pd.DataFrame:
