@@ -80,7 +80,7 @@ benchmarks/.venv/installed: requirements.txt benchmarks/requirements.txt
 	touch $@
 
 peer: benchmarks/.venv/installed
-	benchmarks/.venv/bin/python -m experiments.peer_quality
+	benchmarks/.venv/bin/python -m experiments.peer_quality --run data_results/$(RUN)
 
 experiments/.venv/installed: requirements.txt experiments/requirements-peers.txt
 	$(PYTHON) -m venv experiments/.venv

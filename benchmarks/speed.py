@@ -128,9 +128,11 @@ def time_trl(
             self.readings.append(time.perf_counter())
 
     tokenizer = AutoTokenizer.from_pretrained(policy_folder, padding_side="left")
+    reward, value = (peer_quality.reward_with_one_output(str(reward_folder), 0.0, 1.0) for _ in range(2))
     trainer = peer_quality.trainer(
         AutoModelForCausalLM.from_pretrained(policy_folder),
-        peer_quality.reward_with_one_output(str(reward_folder), 0.0, 1.0),
+        reward,
+        value,
         tokenizer,
         tokenizer(cases.queries_of(case, tokenizer), add_special_tokens=False)["input_ids"],
         batch_size=case.batch_size,
@@ -141,6 +143,7 @@ def time_trl(
         num_ppo_epochs=epochs,
         num_mini_batches=case.minibatches,
         learning_rate=cases.LR,
+        missing_eos_penalty=1.0,
         logging_steps=1000,
         bf16=precision == "bfloat16",
     )

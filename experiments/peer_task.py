@@ -7,6 +7,7 @@ import argparse
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,6 +83,18 @@ def without_special_tokens(tokenizer):
     return tokenizer
 
 
+def with_padding_of_its_own(tokenizer):
+    """A copy that pads on the left, with another token than the one that ends texts, which TRL tells apart by it.
+
+    A model that is its own padding gets the last of the tokenizer's special tokens, which no text has.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = str(tokenizer.added_tokens_decoder[max(tokenizer.added_tokens_decoder)])
+    return tokenizer
+
+
 def count_real_positions(model) -> None:
     """Give the model position ids that count real tokens only, where it is called with a mask and without them.
 
@@ -108,6 +121,33 @@ def score_function(reward: rewards.Reward, stop_id: int):
         return reward(prompts, texts, terminated).total.tolist()
 
     return standardized_score
+
+
+class TextScore(torch.nn.Module):
+    """The standardized score where PPOTrainer expects a reward model with the policy's vocabulary.
+
+    PPOTrainer calls the body with token ids, and the head with the last hidden states, and takes the number at the last
+    real token. This body reads the text, and says its score everywhere.
+    """
+
+    base_model_prefix = "body"
+
+    def __init__(self, reward: rewards.Reward, tokenizer):
+        super().__init__()
+        self.reward, self.tokenizer, self.score = reward, tokenizer, torch.nn.Identity()
+
+    def body(self, input_ids: Tensor, attention_mask: Tensor, **_) -> SimpleNamespace:
+        """input_ids, attention_mask: [B, T], padded on both sides."""
+        texts = models.decode(self.tokenizer, input_ids, attention_mask)
+        rows, last = torch.arange(len(texts)), last_real(attention_mask)
+        terminated = input_ids[rows, last] == self.tokenizer.eos_token_id
+        score = self.reward(texts, texts, terminated).total  # a classifier reads the whole texts only
+        return SimpleNamespace(hidden_states=[score[:, None, None].expand(*input_ids.shape, 1)])
+
+
+def last_real(mask: Tensor) -> Tensor:
+    """mask: [B, T], padded on both sides -> where the last real token of every row is, [B]."""
+    return mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
 
 
 def preference_pairs(

@@ -67,6 +67,39 @@ def test_the_score_is_standardized_and_knows_what_ended():
     assert seen == [("ab", "abcdef"), ("ab", "abcdefgh")]
 
 
+def test_a_model_that_is_its_own_padding_gets_another_for_trl():
+    tokenizer = models.scratch_tokenizer(TEXTS)
+    assert peer_task.with_padding_of_its_own(tokenizer).pad_token_id == tokenizer.pad_token_id  # it has one
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<spare>"]})
+    padded = peer_task.with_padding_of_its_own(tokenizer)
+    assert (padded.pad_token, padded.padding_side) == ("<spare>", "left")
+    assert tokenizer.pad_token == tokenizer.eos_token  # the policy's own stays as it was
+
+
+def test_the_score_of_the_text_stands_at_its_last_token():
+    tokenizer, seen = models.scratch_tokenizer(TEXTS), []
+
+    def raw_score(queries, texts):
+        seen.extend(texts)
+        return np.array([float(len(text)) for text in texts])
+
+    reward = rewards.Reward([rewards.Part("length", 1.0, raw_score, False)], missing_stop_score=-1.0)
+    reward.load_state_dict({"score_mean": [1.0], "score_std": [2.0], "ethics_before": 0.5})
+    whole = tokenizer("The cat sat")["input_ids"]  # with the end token
+    width = len(whole)
+    short = tokenizer("The", add_special_tokens=False)["input_ids"] + whole[-1:]
+    ids, mask = torch.zeros(3, width + 1).long(), torch.zeros(3, width + 1).bool()
+    for row, (start, tokens) in enumerate([(1, whole), (1, short), (2, whole[:-1])]):
+        ids[row, start : start + len(tokens)], mask[row, start : start + len(tokens)] = tensor(tokens), True
+    assert peer_task.last_real(mask).tolist() == [width, len(short), width]
+    model = peer_task.TextScore(reward, tokenizer)
+    states = getattr(model, model.base_model_prefix)(input_ids=ids, attention_mask=mask, position_ids=None)
+    scores = model.score(states.hidden_states[-1]).squeeze(-1)[torch.arange(3), peer_task.last_real(mask)]
+    assert seen == ["The cat sat", "The", "The cat sat"]
+    assert scores.tolist() == [(11 - 1) / 2, (3 - 1) / 2, -1.0]  # the third has no stop token
+
+
 def test_pairs_are_the_best_and_the_worst_of_a_query():
     prompts = [[1], [1], [1], [2], [2], [2], [3], [3], [3]]
     responses = [[10], [11], [12], [20], [21], [22], [30], [31], [32]]
