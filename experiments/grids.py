@@ -173,6 +173,7 @@ GRIDS = {
             model: "--policy models/models/inputs/{run}/nlg"
             for model in ("gpt2_1x64", "gpt2_2x128", "gpt2_3x192", "gpt_neox_2x128", "llama_2x128")
         },
+        shared="",
         setup=train_generator,
     ),
     "data": Grid(
@@ -182,6 +183,7 @@ GRIDS = {
             for name in ("sentiment", "ethics")
         },
         JUDGE,
+        shared="",
         setup=train_on_real_data,
     ),
     "recipe": Grid(
