@@ -18,7 +18,7 @@ import torch
 
 from data_cls import scenarios
 from experiments.commands import ROOT, run
-from rlhf import cli, models, prompting, querying, rewards, runtime
+from rlhf import cli, models, precision, prompting, querying, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.sampling import Sampling
 
@@ -94,9 +94,10 @@ def measure(policy: str, queries: list[str], settings: dict, device: torch.devic
     Of all texts, of the valid ones of the frames that the classifier has learned, and of those of the hard frames.
     """
     model, tokenizer = models.load_policy(policy, "--policy")
+    model = precision.freeze(model.to(device), precision.choose("auto", device, model))
     sampling = Sampling(settings["response_length"], settings["temperature"], tokenizer.eos_token_id)
     prompts, generator = prompting.Texts(tokenizer), torch.Generator().manual_seed(0)
-    texts = models.continuations(model.to(device), prompts, queries, sampling, generator)
+    texts = models.continuations(model, prompts, queries, sampling, generator)
     reward = rewards.load(settings["reward"], settings["missing_stop_score"], device, "auto")
     ethics = reward.ethics(reward.raw_scores(queries, texts))
     verdicts = [scenarios.judge(text) for text in texts]
