@@ -69,7 +69,6 @@ def right_on_test(results: Path, task: str) -> str:
 def pretrained(results: Path) -> str:
     runs = evaluations(results)
     tasks = {task: of_task for task, of_task in runs.groupby("task")}
-    missing = ", ".join(f"*{task}*" for task in TASKS if task not in tasks)
     real = runs[runs.task != "world"]
     return section(
         "Does it work with a pretrained model?",
@@ -78,18 +77,17 @@ def pretrained(results: Path) -> str:
         "the judge, too, from the other half of the labels: "
         + "; ".join(right_on_test(results, task) for task in real.task.unique())
         + ".",
-        "The tasks: " + "; ".join(f"*{task}*: {TASKS[task]}" for task in TASKS if task in tasks) + ".",
-        claim(bool(missing), f"{missing} has not been run with these settings yet."),
+        "The tasks: " + "; ".join(f"*{task}*: {TASKS[task]}" for task in TASKS) + ". In *world* the gold judge judges.",
         summary(results),
         *(
             f"![Score against KL: PPO, best-of-n and the optimum ({task})](../data_results/pretrained/fig_{task}.png)"
             for task in TASKS
-            if task in tasks
         ),
-        "*Perplexity* under the reference and *distinct pairs of words* are relative to the reference's own texts. The "
-        "share of the optimum is not known at this KL.",
+        "*Perplexity* under the reference and *distinct pairs of words* are relative to the reference's own texts. A "
+        "dash: the share of the optimum is not known at this KL.",
         *of_sentiment(tasks["sentiment"]),
         *of_ethics(results, tasks["ethics"]),
+        *of_world(results, tasks["world"]),
         "RL4LMs has 0.49 → 0.61 for the mean of a reward model with GPT-2 on IMDB, at a perplexity of 32.2 → 33.5 "
         "(allenai/RL4LMs, issue 28), and TRL's notebook gpt2-sentiment a mean logit of 0.16 → 1.69 over 16 texts "
         "(commit f5f2472). These are the same kind of number; texts, reward models, lengths and episodes differ.",
@@ -160,6 +158,50 @@ def of_ethics(results: Path, runs: pd.DataFrame) -> list[str]:
         "names get mixed up, and in the samples a woman whom her partner has hit asks him for forgiveness. The judge "
         "likes these words as much as the reward model does, and both are wrong on a quarter of people's sentences: "
         "the share says how far two models of such labels agree, not how right the actions are.",
+    ]
+
+
+def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
+    earlier, generator = (load(results / f"pretrained/world/{name}_metrics.json") for name in ("nlg_at_5e-5", "nlg"))
+    folders = sorted((results / "pretrained").glob("world_seed*"))
+    found = [load(folder / "evaluation.json") for folder in folders]
+    gold, worst = (pd.DataFrame([run[name] for run in found]) for name in ("gold", "worst_query"))
+    frames = [load(folder / "hard_frames.json") for folder in folders]
+    learned, hard = (
+        [100 * (run["after"][kind]["gold_ethical"] - run["before"][kind]["gold_ethical"]) for run in frames]
+        for kind in ("learned", "hard")
+    )
+    rate, batch = (generator["settings"][name] for name in ("lr", "batch_size"))
+    return [
+        claim(
+            earlier["results"]["valid_at_0.7"] < 0.3 and generator["results"]["valid_at_0.7"] > 0.9,
+            "*The shipped world.* Its texts must be learned exactly. A pass over a quarter of them leaves "
+            f"{earlier['results']['valid_at_0.7']:.0%} of SmolLM2's samples valid with the default learning rate and "
+            f"batch, and {generator['results']['valid_at_0.7']:.0%} with {plots.short(rate)} and {batch} texts, which "
+            "this task has.",
+        ),
+        claim(
+            (gold.ethical_after > gold.ethical_before + 0.1).all() and runs.fraction_of_optimum.max() < 0.5,
+            f"The gold judge finds {gold.ethical_after.min():.0%} to {gold.ethical_after.max():.0%} of the valid texts "
+            f"ethical instead of {gold.ethical_before.mean():.0%}, and {gold.valid_after.min():.0%} to "
+            f"{gold.valid_after.max():.0%} valid instead of {gold.valid_before.mean():.0%}. That is far from the "
+            f"optimum at this KL, and the run is short: from scratch the default samples eleven times as many texts.",
+        ),
+        claim(
+            min(learned) > max(hard) > min(hard) > 0,
+            f"On frames that the reward model has learned it gains {min(learned):.0f} to {max(learned):.0f} points, on "
+            f"the others {min(hard):.0f} to {max(hard):.0f} "
+            "([beside the runs from scratch](#what-if-the-reward-model-has-not-learned-some-of-the-texts)).",
+        ),
+        claim(
+            worst["query"].nunique() == 1 and worst.kl.min() / 32 > 0.4 * runs.kl.min() and worst.valid.max() < 0.2,
+            f"One query of 32, *{worst['query'][0]}*, falls apart with each seed: {worst.kl.min():.0f} to "
+            f"{worst.kl.max():.0f} nats, which is about half of the mean, and at most {worst.valid.max():.0%} of the "
+            "texts are valid. The policy begins one story and goes on with another (*Little Oscar, had no fever when "
+            "the father called ...*). In the runs from scratch the KL penalty inside the queries prevents this. The "
+            "recipe for pretrained models has none, because people's openings are not the model's to choose; with it "
+            "this task has not been run.",
+        ),
     ]
 
 

@@ -186,18 +186,20 @@ def weak_rewards(results: Path) -> str:
     )
 
 
-REWARDS_OF_FRAMES = {"hard": "from scratch", "minilm": "pretrained (MiniLM)"}
+FRAMES = {  # run folders, and what their reward model is
+    "hard/hard": "from scratch",
+    "hard/minilm": "pretrained (MiniLM)",
+    "pretrained/world": "pretrained (MiniLM), SmolLM2 writes",
+}
 
 
 def hard_frames(results: Path) -> str:
-    runs = {
-        name: [load(path) for path in sorted((results / "hard").glob(f"{name}_seed*/hard_frames.json"))]
-        for name in REWARDS_OF_FRAMES
-    }
-    settings = load(results / "hard/hard_seed0/config.json")["settings"]
+    scratch, minilm, smollm2 = FRAMES
+    runs = {name: [load(path) for path in sorted(results.glob(f"{name}_seed*/hard_frames.json"))] for name in FRAMES}
+    settings, of_smollm2 = (load(results / f"{name}_seed0/config.json")["settings"] for name in (scratch, smollm2))
     alone = {
         name: load(results / path)["results"]["hard"]["accuracy"]
-        for name, path in {"hard": "cls_metrics.json", "minilm": "pretrained/world/reward_metrics.json"}.items()
+        for name, path in {"scratch": "cls_metrics.json", "minilm": "hard/minilm_reward_metrics.json"}.items()
     }
 
     def rise(name: str, what: str) -> np.ndarray:
@@ -207,22 +209,24 @@ def hard_frames(results: Path) -> str:
         "What if the reward model has not learned some of the texts?",
         "Here the generator knows all 156 frames (situations with two cases and two acts) of the shipped world, and "
         "the classifier has learned 104 of them. One from scratch is right on "
-        f"{alone['hard']:.0%} of the others' texts (`hard.csv`), one that starts as MiniLM on {alone['minilm']:.0%}. "
-        f"{settings['episodes']:,} episodes, {len(runs['hard'])} seeds each, the same reference for both.",
+        f"{alone['scratch']:.0%} of the others' texts (`hard.csv`), one that starts as MiniLM on "
+        f"{alone['minilm']:.0%}. {settings['episodes']:,} episodes, {len(runs[scratch])} seeds each, the same "
+        "reference for both. The last two rows are of SmolLM2 as the generator, "
+        f"{of_smollm2['episodes']:,} episodes ([its section](#does-it-work-with-a-pretrained-model)).",
         claim(
-            rise("hard", "classifier_mean").min() > 0.3 and (rise("hard", "gold_ethical") > 0).sum() == 1,
+            rise(scratch, "classifier_mean").min() > 0.3 and (rise(scratch, "gold_ethical") > 0).sum() == 1,
             "PPO raises the mean of the classifier from scratch on both kinds of frame. On those that it has not "
             "learned, the texts do not improve: one run of three gains, two lose.",
         ),
         claim(
-            rise("minilm", "gold_ethical").min() > 0.2,
-            f"With the pretrained one they do, by {100 * rise('minilm', 'gold_ethical').min():.0f} to "
-            f"{100 * rise('minilm', 'gold_ethical').max():.0f} points: what a reward model has learned elsewhere "
+            rise(minilm, "gold_ethical").min() > 0.2,
+            f"With the pretrained one they do, by {100 * rise(minilm, 'gold_ethical').min():.0f} to "
+            f"{100 * rise(minilm, 'gold_ethical').max():.0f} points: what a reward model has learned elsewhere "
             "reaches situations for which nobody gave it a label. It knows less of the learned frames, where PPO "
             "gains less.",
         ),
         claim(
-            (rise("minilm", "classifier_mean") > rise("minilm", "gold_ethical")).all(),
+            (rise(minilm, "classifier_mean") > rise(minilm, "gold_ethical")).all(),
             "Its own mean still rises more than the truth.",
         ),
         table_of_frames(runs),
@@ -247,7 +251,7 @@ def table_of_frames(runs: dict[str, list[dict]]) -> str:
     return table(
         "classifier, texts",
         {
-            f"{REWARDS_OF_FRAMES[name]}, {title}": {
+            f"{FRAMES[name]}, {title}": {
                 column: cell(of_reward, kind, key, form) for column, (key, form) in columns.items()
             }
             for name, of_reward in runs.items()
