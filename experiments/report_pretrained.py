@@ -171,6 +171,7 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
         [100 * (run["after"][kind]["gold_ethical"] - run["before"][kind]["gold_ethical"]) for run in frames]
         for kind in ("learned", "hard")
     )
+    held = load(results / "pretrained/world/query_kl_seed0/evaluation.json")
     rate, batch = (generator["settings"][name] for name in ("lr", "batch_size"))
     return [
         claim(
@@ -199,8 +200,13 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             f"{worst.kl.max():.0f} nats, which is about half of the mean, and at most {worst.valid.max():.0%} of the "
             "texts are valid. The policy begins one story and goes on with another (*Little Oscar, had no fever when "
             "the father called ...*). In the runs from scratch the KL penalty inside the queries prevents this. The "
-            "recipe for pretrained models has none, because people's openings are not the model's to choose; with it "
-            "this task has not been run.",
+            "recipe for pretrained models has none, because people's openings are not the model's to choose.",
+        ),
+        claim(
+            held["worst_query"]["kl"] < 5,
+            f"With it (`--query-kl`, seed 0) no query does: the worst is at {held['worst_query']['kl']:.1f} nats, the "
+            f"mean at {held['kl']:.2f}, {held['gold']['ethical_after']:.0%} of the valid texts are ethical and "
+            f"{held['gold']['valid_after']:.0%} valid.",
         ),
     ]
 
