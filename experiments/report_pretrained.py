@@ -186,7 +186,7 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             f"The gold judge finds {gold.ethical_after.min():.0%} to {gold.ethical_after.max():.0%} of the valid texts "
             f"ethical instead of {gold.ethical_before.mean():.0%}, and {gold.valid_after.min():.0%} to "
             f"{gold.valid_after.max():.0%} valid instead of {gold.valid_before.mean():.0%}. That is far from the "
-            f"optimum at this KL, and the run is short: from scratch the default samples eleven times as many texts.",
+            "optimum at this KL, and the run is short: from scratch the default samples eleven times as many texts.",
         ),
         claim(
             min(learned) > max(hard) > min(hard) > 0,
@@ -195,18 +195,21 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             "([beside the runs from scratch](#what-if-the-reward-model-has-not-learned-some-of-the-texts)).",
         ),
         claim(
-            worst["query"].nunique() == 1 and worst.kl.min() / 32 > 0.4 * runs.kl.min() and worst.valid.max() < 0.2,
-            f"One query of 32, *{worst['query'][0]}*, falls apart with each seed: {worst.kl.min():.0f} to "
-            f"{worst.kl.max():.0f} nats, which is about half of the mean, and at most {worst.valid.max():.0%} of the "
-            "texts are valid. The policy begins one story and goes on with another (*Little Oscar, had no fever when "
+            worst["query"].nunique() == 1
+            and worst.kl.min() / found[0]["queries"] > 0.4 * runs.kl.min()
+            and worst.valid.max() < 0.2,
+            f"One query of {found[0]['queries']}, *{worst['query'][0]}*, falls apart with each seed: "
+            f"{worst.kl.min():.0f} to {worst.kl.max():.0f} nats, which is about half of the mean, and at most "
+            f"{worst.valid.max():.0%} of the texts are valid. The policy begins one story and goes on with another (*Little Oscar, had no fever when "
             "the father called ...*). In the runs from scratch the KL penalty inside the queries prevents this. The "
             "recipe for pretrained models has none, because people's openings are not the model's to choose.",
         ),
         claim(
-            held["worst_query"]["kl"] < 5,
-            f"With it (`--query-kl`, seed 0) no query does: the worst is at {held['worst_query']['kl']:.1f} nats, the "
-            f"mean at {held['kl']:.2f}, {held['gold']['ethical_after']:.0%} of the valid texts are ethical and "
-            f"{held['gold']['valid_after']:.0%} valid.",
+            held["worst_query"]["kl"] < 5 and abs(held["gold"]["valid_after"] - held["gold"]["valid_before"]) < 0.005,
+            f"With it (`--query-kl`, seed 0, {held['samples'] // held['queries']} texts a query) no query does: the worst "
+            f"is at {held['worst_query']['kl']:.1f} nats, the mean at {held['kl']:.2f}. "
+            f"{held['gold']['ethical_after']:.0%} of the valid texts are ethical instead of "
+            f"{held['gold']['ethical_before']:.0%}, and {held['gold']['valid_after']:.0%} valid as before.",
         ),
     ]
 
