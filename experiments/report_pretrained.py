@@ -200,14 +200,15 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             and worst.valid.max() < 0.2,
             f"One query of {found[0]['queries']}, *{worst['query'][0]}*, falls apart with each seed: "
             f"{worst.kl.min():.0f} to {worst.kl.max():.0f} nats, which is about half of the mean, and at most "
-            f"{worst.valid.max():.0%} of the texts are valid. The policy begins one story and goes on with another (*Little Oscar, had no fever when "
-            "the father called ...*). In the runs from scratch the KL penalty inside the queries prevents this. The "
-            "recipe for pretrained models has none, because people's openings are not the model's to choose.",
+            f"{worst.valid.max():.0%} of the texts are valid. The policy begins one story and goes on with another "
+            "(*Little Oscar, had no fever when the father called ...*). In the runs from scratch the KL penalty inside "
+            "the queries prevents this. The recipe for pretrained models has none, because people's openings are not "
+            "the model's to choose.",
         ),
         claim(
             held["worst_query"]["kl"] < 5 and abs(held["gold"]["valid_after"] - held["gold"]["valid_before"]) < 0.005,
-            f"With it (`--query-kl`, seed 0, {held['samples'] // held['queries']} texts a query) no query does: the worst "
-            f"is at {held['worst_query']['kl']:.1f} nats, the mean at {held['kl']:.2f}. "
+            f"With it (`--query-kl`, seed 0, {held['samples'] // held['queries']} texts a query) no query does: the "
+            f"worst is at {held['worst_query']['kl']:.1f} nats, the mean at {held['kl']:.2f}. "
             f"{held['gold']['ethical_after']:.0%} of the valid texts are ethical instead of "
             f"{held['gold']['ethical_before']:.0%}, and {held['gold']['valid_after']:.0%} valid as before.",
         ),
