@@ -119,6 +119,7 @@ def train(options: dict, config: dict, seed: int, out: Path, device: torch.devic
 
     options: as PPOConfig takes them. config: config.json of the run to compare with.
     """
+    runtime.keep_memory()  # as finetuning_nlg.py does
     settings, task = config["settings"], peer_task.load(config, device)
     reward, value, more = reward_and_value(config, task)
     tokenizer = peer_task.with_padding_of_its_own(task.tokenizer)
