@@ -22,7 +22,6 @@ import ppo
 from rlhf import (
     checkpoint,
     cli,
-    querying,
     distributed,
     evaluation,
     guard,
@@ -34,6 +33,7 @@ from rlhf import (
     outputs,
     plots,
     prompting,
+    querying,
     recipes,
     rewards,
     runtime,
@@ -112,8 +112,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     # a new run, on whose reference samples the scores are standardized, or a stopped one
     first_queries = distributed.shard(query_stream.take(args.reference_samples))
     needed = first_queries if human or checkpoints.stage is None else []  # a stopped run has its score statistics
-    texts = models.continuations(reference, prompts, needed, sampling, sample_rng)
-    samples = ReferenceSamples(first_queries, texts)
+    samples = ReferenceSamples(first_queries, models.continuations(reference, prompts, needed, sampling, sample_rng))
     if not checkpoints.restore(state):
         start(args, log, reward, human, samples, runtime.provenance(device, dtype))
 

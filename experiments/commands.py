@@ -10,16 +10,26 @@ from rlhf.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(command: str, **environment: str) -> None:
+def run(command: str, **variables: str) -> None:
     """Run a script, or a module such as experiments.real_data, with these flags and environment variables.
 
     Nothing is done where its --out exists already, which a script writes last.
     """
     script, *flags = command.split()
-    if "--out" in flags and Path(flags[flags.index("--out") + 1]).exists():
+    if is_done(flags):
         return
     print(f"\n{command}", flush=True)
-    program = [ROOT / script] if script.endswith(".py") else ["-m", script]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    if subprocess.run([sys.executable, *program, *flags], env=environment).returncode:
+    if start(script, flags, variables).returncode:
         raise UserError(f"{script} failed; it says why above")
+
+
+def is_done(flags: list[str]) -> bool:
+    """Whether the --out of a script's flags exists, which it writes last."""
+    return "--out" in flags and Path(flags[flags.index("--out") + 1]).exists()
+
+
+def start(script: str, flags: list, variables: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess:
+    """Run a script or a module to its end, from whatever folder. options: of subprocess.run."""
+    program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (variables or {})
+    return subprocess.run([sys.executable, *program, *flags], env=environment, **options)

@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -34,12 +33,12 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from tqdm import tqdm
 
 from experiments import grid_plots
+from experiments.commands import is_done, start
 from experiments.grids import GRIDS
 from rlhf import cli, environment, frontier
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 FAILED = "failed.txt"  # in the folder of a run that failed: the reason, in one line
 
 
@@ -134,13 +133,10 @@ def run_all(args: argparse.Namespace, commands: dict[str, list[list[str]]], resu
 
 def run_commands(commands: list[list[str]], variables: dict[str, str]) -> str:
     """In a job: run commands with these environment variables. Returns the output of one that fails, or ""."""
-    variables = os.environ | {"PYTHONPATH": str(ROOT)} | variables  # for `python -m`
     for script, *flags in commands:
-        if Path(flags[flags.index("--out") + 1]).exists():  # done before: every script writes --out last
+        if is_done(flags):
             continue
-        program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-        command = [sys.executable, *program, *flags]
-        done = subprocess.run(command, env=variables, stderr=subprocess.PIPE, text=True, errors="replace")
+        done = start(script, flags, variables, stderr=subprocess.PIPE, text=True, errors="replace")
         if done.returncode:
             return done.stderr or f"exit code {done.returncode}"
     return ""
@@ -171,8 +167,7 @@ def evaluate(flags: str, results: Path) -> None:
     new = [folder for folder in finished if not (folder / "evaluation.json").exists()]
     for folders in groups(new):
         filled_in = flags.format(run=folders[0].name).split()
-        command = [sys.executable, ROOT / "evaluate_nlg.py", *filled_in, "--run", *folders]
-        if subprocess.run(command).returncode:
+        if start("evaluate_nlg.py", [*filled_in, "--run", *folders]).returncode:
             raise UserError("evaluate_nlg.py failed; the same command goes on from there")
 
 
