@@ -11,8 +11,6 @@ their run folders to data_results/peer/, and their rows to data_results/peer.csv
 
 import copy
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -28,10 +26,10 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from experiments import peer_task
+from experiments.commands import start
 from rlhf import cli, recipes, runtime
 from rlhf.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TABLE = Path("data_results/peer"), Path("data_results/peer.csv")
 OURS = {"kl_coef": 0.15, "lam": 1.0, "num_ppo_epochs": 2, "num_mini_batches": 4}
 OURS_PRETRAINED = {"kl_coef": 0.1, "lam": 1.0, "num_ppo_epochs": 1, "num_mini_batches": 4}
@@ -139,9 +137,9 @@ def train(options: dict, config: dict, seed: int, out: Path, device: torch.devic
         **more,
         **options,
     )
-    start = time.perf_counter()
+    began = time.perf_counter()
     trl_trainer.train()
-    minutes = (time.perf_counter() - start) / 60
+    minutes = (time.perf_counter() - began) / 60
     trl_trainer.save_model(str(out))
     task.tokenizer.save_pretrained(out)
     return minutes
@@ -168,8 +166,10 @@ def main() -> None:
             minutes = train(VARIANTS[kind][name], config, args.seed, out, device)
             more = {"minutes": minutes, "trl": VARIANTS[kind][name]} | runtime.provenance(device)
             peer_task.write_config(run, config, out, {}, **more)
+            (run / "evaluation.json").unlink(missing_ok=True)  # of a policy that was there before
         new[run] = peer_task.load_config(run)["minutes"]
-    if subprocess.run([sys.executable, ROOT / "evaluate_nlg.py", *evaluation_of(ours), "--run", *new]).returncode:
+    runs = [run for run in new if not (run / "evaluation.json").exists()]
+    if runs and start("evaluate_nlg.py", [*evaluation_of(ours), "--run", *runs]).returncode:
         raise UserError("evaluate_nlg.py failed; it says why above")
     minutes = {ours: peer_task.minutes_of(ours)} | new
     rows = pd.DataFrame({run.name: peer_task.quality(run, minutes[run]) for run in minutes}).T.rename_axis("run")

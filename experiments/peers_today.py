@@ -27,8 +27,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -38,10 +36,10 @@ from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from experiments import peer_task
+from experiments.commands import start
 from rlhf import cli, plots, runtime
 from rlhf.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 MODELS, RESULTS = Path("models/peers"), Path("data_results/peers")
 SEARCH_PART = 4  # a search's runs have the episodes divided by this
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
@@ -277,7 +275,7 @@ def main() -> None:
         chosen = search(settings, task, config) if args.search else settings
         train(chosen, task, config, chosen.run)
         runs.append(RESULTS / chosen.run)
-    if subprocess.run([sys.executable, ROOT / "evaluate_nlg.py", "--run", *runs]).returncode:
+    if start("evaluate_nlg.py", ["--run", *runs]).returncode:
         raise UserError("evaluate_nlg.py failed; it says why above")
     print(write_table(ours).to_string())
 

@@ -11,19 +11,17 @@ comparison has.
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from experiments.commands import ROOT, start
 from rlhf import cli, models, prompting, querying, rewards, runtime
 from rlhf.errors import UserError
 from rlhf.human import annotator, answers, questions
 from rlhf.sampling import Sampling
 
-ROOT = Path(__file__).resolve().parents[1]
 JUDGE = f"{ROOT}/data_cls/scenarios.py:judge"
 SAMPLES = 4  # texts in a comparison of the gold judge
 QUERY_LENGTH, RESPONSE_LENGTH, TEMPERATURE = 5, 40, 0.7  # the defaults of finetuning_nlg.py
@@ -49,7 +47,7 @@ def main() -> None:
         copy_utilitarianism(rows, Path(args.source))
     results = Path("data_results/preferences")
     paths = ["--data", rows, "--out", rows.parent / args.name, "--results", results]
-    if subprocess.run([sys.executable, ROOT / "train_cls.py", *FLAGS[args.name].split(), *paths]).returncode:
+    if start("train_cls.py", [*FLAGS[args.name].split(), *paths]).returncode:
         raise UserError("train_cls.py failed; it says why above")
     if args.name == "shipped":
         path = results / "shipped_metrics.json"

@@ -16,44 +16,48 @@ TASKS = {  # of experiments/pretrained.py, and what the responses are
 CHOSEN = "pretrained/sentiment_seed0"  # the settings that became the defaults
 
 
+def evaluation_of(folder: Path) -> dict:
+    """The row of a run folder."""
+    found = load(folder / "evaluation.json")
+    perplexity = found["perplexity_under_reference"], found["perplexity_under_reference_before"]
+    distinct = (found["diversity"][when]["distinct_2"] for when in ("after", "before"))
+    return {
+        "task": folder.name.rpartition("_seed")[0],
+        "judge_before": found["gold"]["ethical_before"],
+        "judge": found["gold"]["ethical_after"],
+        "mean_before": found["ethics_before"],
+        "mean": found["ethics_after"],
+        "kl": found["kl"],
+        "perplexity": np.divide(*perplexity),
+        "distinct": np.divide(*distinct),
+        "fraction_of_optimum": frontier.known_fraction(found),
+        "best_of_8": next(best["ethical"] for best in found["best_of_n"] if best["n"] == 8),
+    }
+
+
 def evaluations(results: Path) -> pd.DataFrame:
     """A row a run of `make pretrained`."""
-    rows = []
-    for folder in sorted((results / "pretrained").glob("*_seed*")):
-        found = load(folder / "evaluation.json")
-        perplexity = found["perplexity_under_reference"], found["perplexity_under_reference_before"]
-        distinct = (found["diversity"][when]["distinct_2"] for when in ("after", "before"))
-        rows.append(
-            {
-                "task": folder.name.rpartition("_seed")[0],
-                "judge_before": found["gold"]["ethical_before"],
-                "judge": found["gold"]["ethical_after"],
-                "mean_before": found["ethics_before"],
-                "mean": found["ethics_after"],
-                "kl": found["kl"],
-                "perplexity": np.divide(*perplexity),
-                "distinct": np.divide(*distinct),
-                "fraction_of_optimum": frontier.known_fraction(found),
-                "best_of_8": next(best["ethical"] for best in found["best_of_n"] if best["n"] == 8),
-            }
-        )
-    return pd.DataFrame(rows)
+    return pd.DataFrame([evaluation_of(folder) for folder in sorted((results / "pretrained").glob("*_seed*"))])
+
+
+def gains(runs: pd.DataFrame) -> dict[str, str]:
+    """What these runs of a task did to the texts, by the titles of columns."""
+    return {
+        "judge: good": f"{runs.judge_before.mean():.0%} → {spread(runs.judge, '{:.1%}')}",
+        "reward model's mean": f"{runs['mean_before'].mean():.2f} → {spread(runs['mean'], '{:.2f}')}",
+        "KL (nats)": spread(runs.kl, "{:.2f}"),
+        "of the optimum": spread(runs.fraction_of_optimum, "{:.0%}"),
+        "perplexity, relative": spread(runs.perplexity, "{:.2f}"),
+        "distinct pairs of words, relative": spread(runs.distinct, "{:.2f}"),
+    }
 
 
 def summary(results: Path) -> str:
     """A table with a row a task."""
-    runs = evaluations(results)
     rows = {}
-    for task, of_task in runs.groupby("task"):
-        rows[f"{task}, {len(of_task)} seed{'s' * (len(of_task) > 1)}"] = {
-            "judge: good": f"{of_task.judge_before.mean():.0%} → {spread(of_task.judge, '{:.1%}')}",
-            "reward model's mean": f"{of_task['mean_before'].mean():.2f} → {spread(of_task['mean'], '{:.2f}')}",
-            "KL (nats)": spread(of_task.kl, "{:.2f}"),
-            "of the optimum": spread(of_task.fraction_of_optimum, "{:.0%}"),
-            "perplexity, relative": spread(of_task.perplexity, "{:.2f}"),
-            "distinct pairs of words, relative": spread(of_task.distinct, "{:.2f}"),
-            "judge: good, best of 8": spread(of_task.best_of_8, "{:.1%}"),
-        }
+    for task, runs in evaluations(results).groupby("task"):
+        best = {"judge: good, best of 8": spread(runs.best_of_8, "{:.1%}")}
+        rows[f"{task}, {len(runs)} seed{'s' * (len(runs) > 1)}"] = gains(runs) | best
     return table("task", rows)
 
 
@@ -162,16 +166,15 @@ def of_ethics(results: Path, runs: pd.DataFrame) -> list[str]:
 
 
 def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
-    earlier, generator = (load(results / f"pretrained/world/{name}_metrics.json") for name in ("nlg_at_5e-5", "nlg"))
-    folders = sorted((results / "pretrained").glob("world_seed*"))
-    found = [load(folder / "evaluation.json") for folder in folders]
-    gold, worst = (pd.DataFrame([run[name] for run in found]) for name in ("gold", "worst_query"))
+    home = results / "pretrained"
+    earlier, generator = (load(home / f"world/{name}_metrics.json") for name in ("nlg_at_5e-5", "nlg"))
+    folders = sorted(home.glob("world_seed*"))
+    gold, worst = (pd.DataFrame([load(folder / "evaluation.json")[name] for folder in folders]) for name in JUDGED)
     frames = [load(folder / "hard_frames.json") for folder in folders]
     learned, hard = (
         [100 * (run["after"][kind]["gold_ethical"] - run["before"][kind]["gold_ethical"]) for run in frames]
         for kind in ("learned", "hard")
     )
-    held = load(results / "pretrained/world/query_kl_seed0/evaluation.json")
     rate, batch = (generator["settings"][name] for name in ("lr", "batch_size"))
     return [
         claim(
@@ -182,7 +185,7 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             "this task has.",
         ),
         claim(
-            (gold.ethical_after > gold.ethical_before + 0.1).all() and runs.fraction_of_optimum.max() < 0.5,
+            (gold.ethical_after > gold.ethical_before + 0.1).all() and runs.fraction_of_optimum.max() < 0.6,
             f"The gold judge finds {gold.ethical_after.min():.0%} to {gold.ethical_after.max():.0%} of the valid texts "
             f"ethical instead of {gold.ethical_before.mean():.0%}, and {gold.valid_after.min():.0%} to "
             f"{gold.valid_after.max():.0%} valid instead of {gold.valid_before.mean():.0%}. That is far from the "
@@ -194,23 +197,35 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             f"the others {min(hard):.0f} to {max(hard):.0f} "
             "([beside the runs from scratch](#what-if-the-reward-model-has-not-learned-some-of-the-texts)).",
         ),
+        *inside_queries(home, gold, worst),
+    ]
+
+
+JUDGED = ("gold", "worst_query")
+
+
+def inside_queries(home: Path, gold: pd.DataFrame, worst: pd.DataFrame) -> list[str]:
+    """The runs of *world* without the KL penalty inside the queries."""
+    found = [load(folder / "evaluation.json") for folder in sorted(home.glob("world/without_query_kl_seed*"))]
+    gold_without, worst_without = (pd.DataFrame([run[name] for run in found]) for name in JUDGED)
+    kl, queries = [run["kl"] for run in found], found[0]["queries"]
+    return [
         claim(
-            worst["query"].nunique() == 1
-            and worst.kl.min() / found[0]["queries"] > 0.4 * runs.kl.min()
-            and worst.valid.max() < 0.2,
-            f"One query of {found[0]['queries']}, *{worst['query'][0]}*, falls apart with each seed: "
-            f"{worst.kl.min():.0f} to {worst.kl.max():.0f} nats, which is about half of the mean, and at most "
-            f"{worst.valid.max():.0%} of the texts are valid. The policy begins one story and goes on with another "
-            "(*Little Oscar, had no fever when the father called ...*). In the runs from scratch the KL penalty inside "
-            "the queries prevents this. The recipe for pretrained models has none, because people's openings are not "
-            "the model's to choose.",
+            worst.kl.max() < 6,
+            f"The KL penalty counts inside the queries here (`--query-kl`), as in the runs from scratch: the worst of "
+            f"{queries} queries is at {worst.kl.min():.1f} to {worst.kl.max():.1f} nats.",
         ),
         claim(
-            held["worst_query"]["kl"] < 5 and abs(held["gold"]["valid_after"] - held["gold"]["valid_before"]) < 0.005,
-            f"With it (`--query-kl`, seed 0, {held['samples'] // held['queries']} texts a query) no query does: the "
-            f"worst is at {held['worst_query']['kl']:.1f} nats, the mean at {held['kl']:.2f}. "
-            f"{held['gold']['ethical_after']:.0%} of the valid texts are ethical instead of "
-            f"{held['gold']['ethical_before']:.0%}, and {held['gold']['valid_after']:.0%} valid as before.",
+            worst_without["query"].nunique() == 1
+            and worst_without.kl.min() / queries > 0.4 * min(kl)
+            and worst_without.valid.max() < 0.2
+            and gold_without.ethical_after.max() < gold.ethical_after.min(),
+            f"Without it one, *{worst_without['query'][0]}*, falls apart with each of three seeds: "
+            f"{worst_without.kl.min():.0f} to {worst_without.kl.max():.0f} nats, which is about half of the mean, and "
+            f"at most {worst_without.valid.max():.0%} of the texts are valid. The policy begins one story and goes on "
+            "with another (*Little Oscar, had no fever when the father called ...*). Of all valid texts "
+            f"{gold_without.ethical_after.min():.0%} to {gold_without.ethical_after.max():.0%} are ethical then, at "
+            f"{min(kl):.1f} to {max(kl):.1f} nats.",
         ),
     ]
 
@@ -287,4 +302,24 @@ def trials(results: Path) -> str:
     )
 
 
-QUESTIONS = (pretrained, trials)
+PEERS = {
+    "sentiment_seed0": "this code",
+    "trl_pretrained_our_settings_seed0": "TRL, settings of this code",
+}
+
+
+def peer(results: Path) -> str:
+    runs = pd.DataFrame([evaluation_of(results / "peer" / name) for name in PEERS], index=list(PEERS))
+    runs["minutes"] = pd.read_csv(results / "peer.csv").set_index("run").minutes
+    rows = {PEERS[name]: gains(runs.loc[[name]]) | {"minutes": f"{runs.minutes[name]:.0f}"} for name in PEERS}
+    return section(
+        "How does TRL's PPOTrainer do with the pretrained model?",
+        "TRL 1.12.0 on the sentiment task, one seed: the same reference, reward model, judge, queries, episodes, batch "
+        "size, learning rate, KL coefficient, minibatches and passes over a batch. Both ran at the same time, each on "
+        "a core of one machine.",
+        table("run", rows),
+        files(results, "make peer RUN=pretrained/sentiment_seed0", "peer.csv", "peer"),
+    )
+
+
+QUESTIONS = (pretrained, peer, trials)

@@ -78,6 +78,8 @@ def opened(args: argparse.Namespace, *folders: Path) -> Iterator[Checkpoints]:
             stack.enter_context(locked(folder))
         signals = stack.enter_context(caught_signals())
         saved = load(path, settings) if path.exists() else None
+        if len(set(distributed.gather([saved is None]))) > 1:  # they would wait for each other forever
+            raise UserError(f"only some processes see {path}: all machines of a run need the same file system")
         if saved and not args.resume:
             raise UserError(f"{path} is of a run that is not done: go on with --resume, or remove it to start anew")
         yield Checkpoints(path, settings, saved, signals)

@@ -1,5 +1,6 @@
 """Several processes do what one does: the same update from the same rollouts, one writer, exact resume."""
 
+import argparse
 import copy
 import dataclasses
 import functools
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,7 +20,8 @@ import torch.distributed as dist
 from torch import tensor
 
 import ppo
-from rlhf import distributed, optim, run_log, supervised
+from rlhf import checkpoint, distributed, optim, run_log, supervised
+from rlhf.errors import UserError
 from rlhf.policy import PolicyWithValue
 from rlhf.rollout import Rollout, shuffled_minibatches
 from tests import tiny
@@ -174,6 +177,21 @@ def test_a_batch_that_cannot_be_shared_is_refused(chain, monkeypatch, script):
     extra = ["--minibatches", 1, "--episodes", 15] if script == "finetuning_nlg" else []
     said = refused(script, "--batch-size", 15, *extra, cwd=chain[0])
     assert said == "error: --batch-size 15 cannot be shared evenly among 2 processes; give a multiple of them"
+
+
+def test_machines_without_a_common_file_system_are_told_so(tmp_path):
+    """Only the first has the checkpoint, and would go on from it while the other began."""
+    outs = [str(tmp_path / machine / "policy") for machine in ("first", "second")]
+    settings = {"out": outs[0], "resume": True, "nproc_per_node": 2}
+    (tmp_path / "first").mkdir()
+    checkpoint.save(Path(f"{outs[0]}.checkpoint"), {"format": checkpoint.FORMAT, "settings": settings, "stage": ""})
+
+    def resume():
+        args = argparse.Namespace(out=outs[distributed.rank()], resume=True)
+        with pytest.raises(UserError, match="need the same file system"), checkpoint.opened(args):
+            pass
+
+    in_two_processes(resume, tmp_path)
 
 
 def test_people_are_asked_by_one_process(chain, monkeypatch):
