@@ -90,7 +90,7 @@ experiments/.venv/installed: requirements.txt experiments/requirements-peers.txt
 # batches, minibatches and K are those of our run
 peers: experiments/.venv/installed
 	experiments/.venv/bin/python -m experiments.peers_today --run data_results/$(RUN) --search \
-		--batch-size 256 --minibatches 4 --epochs 2
+		--methods grpo rloo dpo --batch-size 256 --minibatches 4 --epochs 2
 
 report: .venv/installed
 	$(BIN)/python -m experiments.report

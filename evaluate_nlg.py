@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from rlhf import cli, frontier, gold, models, plots, precision, prompting, rewards, runtime
+from rlhf import checkpoint, cli, frontier, gold, models, plots, precision, prompting, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 from rlhf.policy import PolicyWithValue
@@ -70,20 +70,23 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
         raise UserError(f"--run {folder} is no run folder of finetuning_nlg.py: {error!r}") from error
 
 
-def load_tuned(folder: str | None, run: Path, trained: argparse.Namespace, tokenizer):
-    """The policy of a run, from --policy or the run's --out, which may hold that of a later run by now."""
-    name = folder or trained.out
+def load_tuned(folder: str | None, run: Path, config: dict, tokenizer):
+    """The policy of a run, from --policy or the run's --out, which may hold that of another run by now."""
+    trained = config["settings"]
+    name = folder or trained["out"]
     record = Path(name) / models.RECORD
     if folder is None and record.exists():  # older models have none
         made = json.loads(record.read_text(encoding="utf-8"))["settings"]
-        if (made["results"], made["run"]) != (trained.results, trained.run):
+        names = sorted((made.keys() | trained.keys()) - checkpoint.MAY_CHANGE)
+        if other := [name for name in names if made.get(name) != trained.get(name)]:
             raise UserError(
-                f"{name} has the policy of {made['results']}/{made['run']} by now, and not of {run}: train every run "
-                "with an --out of its own, or name its policy with --policy"
+                f"{name} has the policy of {made['results']}/{made.get('run')}, which is not {run} as it is now: "
+                f"--{other[0].replace('_', '-')} was {made.get(other[0])}. Train every run with an --out of its own, "
+                "and to its end, or name its policy with --policy"
             )
     policy, its_tokenizer = models.load_policy(name, "--policy")
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"--policy {name} has another vocabulary than its reference {trained.policy}")
+        raise UserError(f"--policy {name} has another vocabulary than its reference {trained['policy']}")
     return policy
 
 
@@ -117,8 +120,8 @@ def main() -> None:
     judge = gold.load_judge(args.gold, valid_texts, device, args.precision)
     held_out = prompts.held_out_queries(texts, trained.query_length)
     queries = random.Random(args.seed).sample(held_out, min(args.queries, len(held_out)))
-    for run, (settings, _) in runs.items():
-        load_tuned(args.policy, run, settings, tokenizer)  # what cannot be evaluated is refused before the long part
+    for run, (_, config) in runs.items():
+        load_tuned(args.policy, run, config, tokenizer)  # what cannot be evaluated is refused before the long part
 
     # the reference's many samples, from which the optimum is estimated, and its answers to compare with
     def evaluate(queries: list[str], texts: list[str], terminated: torch.Tensor) -> pd.DataFrame:
@@ -137,7 +140,7 @@ def main() -> None:
 
     # the policies: what they gained, and at what KL
     for run, (trained, config) in runs.items():
-        policy = load_tuned(args.policy, run, trained, tokenizer)
+        policy = load_tuned(args.policy, run, config, tokenizer)
         after = draw_answers(precision.freeze(policy.to(device), dtype), reference, label=run.name, **draw)
         reward.load_state_dict(config)
         for samples in (pool, before, after):

@@ -84,6 +84,7 @@ def parse_args() -> argparse.Namespace:
     cli.check_lora(args, args.policy, "--policy")
     cli.check_ppo_flags(args)
     args.reward = args.reward or [cli.DEFAULT_REWARD]
+    outputs.refuse_to_replace(args.out, args.policy, args.reward, args.gold)
     if args.reward_sees == prompting.REPLY and rewards.includes_people(args.reward):
         raise UserError("--reward human: people judge a reply to its prompt; take --reward-sees both")
     args.run = args.run or f"K{args.ppo_epochs}_lr_{plots.short(args.lr)}_seed{args.seed}"
@@ -173,7 +174,8 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
 def print_memory(args: argparse.Namespace) -> None:
     """What the run would take, from the configurations of its models."""
     specs = [rewards.weight_and_reward(spec)[1] for spec in args.reward]
-    judges = [models.load_config(spec, "--reward") for spec in specs if spec != "human" and ".py:" not in spec]
+    of_models = [spec for spec in specs if spec != "human" and not rewards.is_function(spec)]
+    judges = [models.load_config(spec, "--reward") for spec in of_models]
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(memory.Settings)}
     print(memory.estimate(models.load_config(args.policy, "--policy"), judges, memory.Settings(**settings)).table())
 

@@ -86,7 +86,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = runtime.set_up(args.device, args.seed, args.batch_size)
-    with checkpoint.opened(args) as checkpoints:
+    with checkpoint.opened(args, outputs.metrics_file(args)) as checkpoints:
         train(args, device, checkpoints)
 
 

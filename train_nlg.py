@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = runtime.set_up(args.device, args.seed, args.batch_size)
-    with checkpoint.opened(args) as checkpoints:
+    with checkpoint.opened(args, outputs.metrics_file(args)) as checkpoints:
         train(args, device, checkpoints)
 
 
@@ -82,6 +82,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     tokens = args.query_length + args.response_length
     models.check_length(model, tokenizer, tokens, "--query-length and --response-length")
     queries, _ = querying.split_queries(texts["valid"], tokenizer, args.query_length)
+    judge = gold.load_judge(args.gold, texts["valid"], device, args.precision)
     model, dtype = supervised.prepare(args, model, recipes.GENERATOR, device)
 
     # fit
@@ -97,7 +98,6 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     # report
     metrics = {"valid_perplexity": min(row["perplexity"] for row in history)}
     writer = model if args.lora else precision.freeze(copy.deepcopy(model), dtype)
-    judge = gold.load_judge(args.gold, texts["valid"], device, args.precision)
     metrics |= judge_samples(args, writer, tokenizer, queries, judge)
     record = {"results": metrics, "history": history, "settings": vars(args)} | runtime.provenance(device, dtype)
     save(args, model, tokenizer, record)

@@ -114,7 +114,8 @@ def draw_said_and_true(axes, groups: dict[str, list[pd.DataFrame]]) -> None:
     The share is that of valid and ethical responses, or of ethical ones if the judge cannot tell which are valid.
     """
     score_lines, judge_lines = [], []
-    for (name, logs), color in zip(groups.items(), (ORANGE, GREEN, BLUE), strict=False):
+    run_groups = [(name, logs) for name, logs in groups.items() if logs]
+    for (name, logs), color in zip(run_groups, (ORANGE, GREEN, BLUE), strict=False):
         mean = pd.concat(logs).groupby("update").mean(numeric_only=True).rolling(SMOOTHING, min_periods=1).mean()
         share = mean.gold_valid.fillna(1) * mean.gold_ethical
         style = {"color": color, "linewidth": 1.5}

@@ -8,6 +8,7 @@ classifier's score; the gold judge says how texts of both kinds of frame changed
 run to data_results/hard/, and hard_frames.json beside its log.
 """
 
+import argparse
 import json
 import random
 import re
@@ -20,6 +21,7 @@ from data_cls import scenarios
 from experiments.commands import ROOT, run
 from rlhf import cli, models, precision, prompting, querying, rewards, runtime
 from rlhf.cli import COUNT
+from rlhf.errors import UserError
 from rlhf.sampling import Sampling
 
 FOLDER, RESULTS = Path("models/hard"), Path("data_results/hard")
@@ -36,12 +38,23 @@ def main() -> None:
     device = runtime.set_up(args.device, args.seed)
     name = args.run or f"hard_seed{args.seed}"
     texts, generator, policy = FOLDER / "texts", FOLDER / f"nlg_seed{args.seed}", FOLDER / name
+    refuse_another(RESULTS / name, args)
     write_texts(texts)
     shared = f"--data {texts} --seed {args.seed} --device {args.device} --resume"
     run(f"train_nlg.py --out {generator} --results {FOLDER} {shared}")
     where = f"--out {policy} --results {RESULTS} --run {name}"
     run(f"finetuning_nlg.py --policy {generator} --reward {args.reward} {where} --episodes {args.episodes} {shared}")
     evaluate(RESULTS / name, device)
+
+
+def refuse_another(run_folder: Path, args: argparse.Namespace) -> None:
+    """What was trained with other flags is not trained again, and must not pass for a run with these."""
+    if (run_folder / "config.json").exists():
+        made = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))["settings"]
+        if (made["reward"], made["episodes"]) != ([args.reward], args.episodes):
+            raise UserError(
+                f"{run_folder} is of --reward {made['reward'][0]} --episodes {made['episodes']}; give another --run"
+            )
 
 
 def evaluate(run_folder: Path, device: torch.device, samples: int = SAMPLES) -> None:

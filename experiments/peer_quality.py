@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--seed", type=cli.SEED, default=0, help="seed of TRL's runs")
     args = parser.parse_args()
     ours = Path(args.run)
-    config = peer_task.load_config(ours)
+    config, evaluation = peer_task.load_config(ours), evaluation_of(ours)
     kind = recipes.kind_of(config["settings"]["policy"])
     if unknown := [name for name in args.variants or () if name not in VARIANTS[kind]]:
         raise UserError(f"--variants {unknown[0]} is not for a model that is {kind}; {', '.join(VARIANTS[kind])} are")
@@ -169,7 +169,7 @@ def main() -> None:
             (run / "evaluation.json").unlink(missing_ok=True)  # of a policy that was there before
         new[run] = peer_task.load_config(run)["minutes"]
     runs = [run for run in new if not (run / "evaluation.json").exists()]
-    if runs and start("evaluate_nlg.py", [*evaluation_of(ours), "--run", *runs]).returncode:
+    if runs and start("evaluate_nlg.py", [*evaluation, "--run", *runs]).returncode:
         raise UserError("evaluate_nlg.py failed; it says why above")
     minutes = {ours: peer_task.minutes_of(ours)} | new
     rows = pd.DataFrame({run.name: peer_task.quality(run, minutes[run]) for run in minutes}).T.rename_axis("run")

@@ -267,7 +267,9 @@ def all_settings(args: argparse.Namespace, episodes: int) -> list[Settings]:
 def main() -> None:
     args = parse_args()
     ours = [Path(run) for run in args.run]
-    config = peer_task.load_config(ours[0])
+    config, *_ = [peer_task.load_config(run) for run in ours]
+    if unknown := [run for run in ours[1:] if not (run / "evaluation.json").exists()]:
+        raise UserError(f"--run {unknown[0]} has not been evaluated: python evaluate_nlg.py --run {unknown[0]}")
     every = all_settings(args, config["settings"]["episodes"])
     device = runtime.set_up("auto", args.seed)
     task, runs = peer_task.load(config, device), ours[:1]

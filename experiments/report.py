@@ -123,10 +123,12 @@ def headline(results: Path) -> str:
     }
     for title, (where, pattern) in report_methods.IN_README.items():
         rows[title] = after(report_methods.ends((results / where).glob(pattern)))
+    of_one = on_one_machine.groupby("rounding").minutes
+    minutes = {name: f"{low:.1f} to {high:.1f}" for name, low, high in of_one.agg(["min", "max"]).itertuples()}
     took = (
-        f"PPO's updates took {on_one_machine.minutes.min():.1f} minutes on two quiet cores, "
-        f"{on_one_machine.minutes.max():.1f} without vector instructions. All methods sample as many texts. TRL's "
-        "settings are the best of six short runs each, GRPO's the second best, which ended better than the best."
+        f"PPO's updates took {minutes['native']} minutes on two shared cores, {minutes['no_vectors']} without vector "
+        f"instructions. All who train sample {report_log.FULL:,} texts. TRL's settings are the best of six short runs "
+        "each, GRPO's the second best, which ended better."
     )
     return f"{table('', rows)}\n\n{wrapped(took)}"
 

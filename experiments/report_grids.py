@@ -39,8 +39,9 @@ def ablations(results: Path) -> str:
         claim(share[list(slower)].max() < default - 0.03, f"Slower: {listed(slower)}."),
         claim(
             (share[["no_critic", "sampled_kl"]] - default).abs().max() < 0.04,
-            f"Within a few points of it: no critic ({share['no_critic']:.0%}), and the sampled KL of [3] "
-            f"({share['sampled_kl']:.0%}, at {kl['sampled_kl']:.2f} nats against {kl['default']:.2f}).",
+            f"Within a few points of it: no critic ({share['no_critic']:.0%}), and the sampled KL of "
+            f"openai/lm-human-preferences ({share['sampled_kl']:.0%}, at {kl['sampled_kl']:.2f} nats against "
+            f"{kl['default']:.2f}).",
         ),
         claim(
             share[clips].is_monotonic_increasing and runs.broken.isna().all(),

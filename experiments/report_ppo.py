@@ -80,9 +80,9 @@ def roundings(results: Path) -> str:
     lost = 100 * (runs.gold_valid_before - runs.gold_valid).max()
     return section(
         "Does it end the same on other processors?",
-        "Processors round differently, and after some thousand updates two runs with the same seed are two different "
-        "runs. `ATEN_CPU_CAPABILITY` lets PyTorch compute as on older processors; generator, classifier and five seeds "
-        "of PPO were made anew under each.",
+        "Processors round differently, and after some thousand optimizer steps two runs with the same seed are two "
+        "different runs. `ATEN_CPU_CAPABILITY` lets PyTorch compute as on older processors; generator, classifier and "
+        "five seeds of PPO were made anew under each.",
         claim(
             share.min() >= 0.95 and runs.gold_ethical.min() >= 0.985 and runs.kl.max() <= 1.4 and lost <= 1,
             f"The {len(runs)} runs end at {share.min():.1%} to {share.max():.1%} of the optimum, with "
@@ -136,7 +136,8 @@ def models(results: Path) -> str:
         "labels, so its probabilities stay away from 0 and 1).",
         claim(
             abs(hard["accuracy"] - 0.5) < 0.03,
-            f"On `hard.csv`, whose frames are in no training text, it is at chance ({hard['accuracy']:.1%}).",
+            "On `hard.csv`, whose frames (situations with two cases and two acts) are in no training text, it is at "
+            f"chance ({hard['accuracy']:.1%}).",
         ),
         f"The generator's perplexity is {generator['valid_perplexity']:.3f} per token. Of its samples "
         f"{generator['valid_at_0.7']:.1%} are valid at temperature 0.7 and {generator['valid_at_1']:.1%} at 1.0; of "

@@ -166,15 +166,16 @@ def of_ethics(results: Path, runs: pd.DataFrame) -> list[str]:
 
 
 def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
-    home = results / "pretrained"
-    earlier, generator = (load(home / f"world/{name}_metrics.json") for name in ("nlg_at_5e-5", "nlg"))
-    folders = sorted(home.glob("world_seed*"))
-    gold, worst = (pd.DataFrame([load(folder / "evaluation.json")[name] for folder in folders]) for name in JUDGED)
+    earlier, generator = (load(results / f"pretrained/world/{name}_metrics.json") for name in ("nlg_at_5e-5", "nlg"))
+    folders = sorted((results / "pretrained").glob("world_seed*"))
+    found = [load(folder / "evaluation.json") for folder in folders]
+    gold, worst = (pd.DataFrame([run[name] for run in found]) for name in ("gold", "worst_query"))
     frames = [load(folder / "hard_frames.json") for folder in folders]
     learned, hard = (
         [100 * (run["after"][kind]["gold_ethical"] - run["before"][kind]["gold_ethical"]) for run in frames]
         for kind in ("learned", "hard")
     )
+    held = load(results / "pretrained/world/query_kl_seed0/evaluation.json")
     rate, batch = (generator["settings"][name] for name in ("lr", "batch_size"))
     return [
         claim(
@@ -185,7 +186,7 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             "this task has.",
         ),
         claim(
-            (gold.ethical_after > gold.ethical_before + 0.1).all() and runs.fraction_of_optimum.max() < 0.6,
+            (gold.ethical_after > gold.ethical_before + 0.1).all() and runs.fraction_of_optimum.max() < 0.5,
             f"The gold judge finds {gold.ethical_after.min():.0%} to {gold.ethical_after.max():.0%} of the valid texts "
             f"ethical instead of {gold.ethical_before.mean():.0%}, and {gold.valid_after.min():.0%} to "
             f"{gold.valid_after.max():.0%} valid instead of {gold.valid_before.mean():.0%}. That is far from the "
@@ -197,35 +198,23 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             f"the others {min(hard):.0f} to {max(hard):.0f} "
             "([beside the runs from scratch](#what-if-the-reward-model-has-not-learned-some-of-the-texts)).",
         ),
-        *inside_queries(home, gold, worst),
-    ]
-
-
-JUDGED = ("gold", "worst_query")
-
-
-def inside_queries(home: Path, gold: pd.DataFrame, worst: pd.DataFrame) -> list[str]:
-    """The runs of *world* without the KL penalty inside the queries."""
-    found = [load(folder / "evaluation.json") for folder in sorted(home.glob("world/without_query_kl_seed*"))]
-    gold_without, worst_without = (pd.DataFrame([run[name] for run in found]) for name in JUDGED)
-    kl, queries = [run["kl"] for run in found], found[0]["queries"]
-    return [
         claim(
-            worst.kl.max() < 6,
-            f"The KL penalty counts inside the queries here (`--query-kl`), as in the runs from scratch: the worst of "
-            f"{queries} queries is at {worst.kl.min():.1f} to {worst.kl.max():.1f} nats.",
+            worst["query"].nunique() == 1
+            and worst.kl.min() / found[0]["queries"] > 0.4 * runs.kl.min()
+            and worst.valid.max() < 0.2,
+            f"One query of {found[0]['queries']}, *{worst['query'][0]}*, falls apart with each seed: "
+            f"{worst.kl.min():.0f} to {worst.kl.max():.0f} nats, which is about half of the mean, and at most "
+            f"{worst.valid.max():.0%} of the texts are valid. The policy begins one story and goes on with another "
+            "(*Little Oscar, had no fever when the father called ...*). In the runs from scratch the KL penalty inside "
+            "the queries prevents this. The recipe for pretrained models has none, because people's openings are not "
+            "the model's to choose.",
         ),
         claim(
-            worst_without["query"].nunique() == 1
-            and worst_without.kl.min() / queries > 0.4 * min(kl)
-            and worst_without.valid.max() < 0.2
-            and gold_without.ethical_after.max() < gold.ethical_after.min(),
-            f"Without it one, *{worst_without['query'][0]}*, falls apart with each of three seeds: "
-            f"{worst_without.kl.min():.0f} to {worst_without.kl.max():.0f} nats, which is about half of the mean, and "
-            f"at most {worst_without.valid.max():.0%} of the texts are valid. The policy begins one story and goes on "
-            "with another (*Little Oscar, had no fever when the father called ...*). Of all valid texts "
-            f"{gold_without.ethical_after.min():.0%} to {gold_without.ethical_after.max():.0%} are ethical then, at "
-            f"{min(kl):.1f} to {max(kl):.1f} nats.",
+            held["worst_query"]["kl"] < 5 and abs(held["gold"]["valid_after"] - held["gold"]["valid_before"]) < 0.005,
+            f"With it (`--query-kl`, seed 0, {held['samples'] // held['queries']} texts a query) no query does: the "
+            f"worst is at {held['worst_query']['kl']:.1f} nats, the mean at {held['kl']:.2f}. "
+            f"{held['gold']['ethical_after']:.0%} of the valid texts are ethical instead of "
+            f"{held['gold']['ethical_before']:.0%}, and {held['gold']['valid_after']:.0%} valid as before.",
         ),
     ]
 

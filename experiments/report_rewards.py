@@ -42,7 +42,7 @@ def other_data(results: Path) -> str:
         table("data, and what counts as good", rows),
         figure("data", "The reward model's mean and the judge's share against the square root of the KL"),
         files(results, "python -m experiments.study data", "data.csv", "data")
-        + " It reads the downloaded files in `--source`.",
+        + " It takes the data from the hub, or with `--source FOLDER` from downloaded files.",
     )
 
 
@@ -230,7 +230,8 @@ def hard_frames(results: Path) -> str:
             "Its own mean still rises more than the truth.",
         ),
         table_of_frames(runs),
-        files(results, "python -m experiments.hard_frames", "hard"),
+        files(results, "python -m experiments.hard_frames --seed N", "hard")
+        + " With MiniLM, after `make pretrained`: `--reward models/pretrained/world/reward --run minilm_seedN`, too.",
     )
 
 

@@ -40,6 +40,7 @@ from rlhf.cli import COUNT
 from rlhf.errors import UserError
 
 FAILED = "failed.txt"  # in the folder of a run that failed: the reason, in one line
+LAST = (FAILED, "evaluation.json")  # of a run folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,9 +64,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     results = Path("data_results") / args.grid
-    run_all(args, commands_to_run(args, results), results)
+    commands = commands_to_run(args, results)
+    refuse_without_models(commands)
+    run_all(args, commands, results)
     evaluate(GRIDS[args.grid].evaluation, results)
-    table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*"))])
+    done = [folder for folder in sorted(results.glob("*_seed*")) if any((folder / name).exists() for name in LAST)]
+    table = pd.DataFrame([row_of(folder) for folder in done])
     table.round(6).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
     print(frontier.summary(table).to_string(float_format="%.3f"))
     print(f"table: {results.with_suffix('.csv')}")
@@ -95,6 +99,13 @@ def commands_to_run(args: argparse.Namespace, results: Path) -> dict[str, list[l
     return commands
 
 
+def refuse_without_models(commands: dict[str, list[list[str]]]) -> None:
+    """The models that `make` trains must be there; without them all runs would count as failed."""
+    for flag, default in (("--policy", "models/nlg"), ("--reward", "models/cls")):
+        if not Path(default).exists() and any(flag not in last for *_, last in commands.values()):
+            raise UserError(f"the runs need {default}, which is not there: make the models first (make)")
+
+
 def visible_gpus() -> list[str]:
     """The names of the GPUs that the study may use: all, or those that the user made visible."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -103,7 +114,10 @@ def visible_gpus() -> list[str]:
 
 def run_all(args: argparse.Namespace, commands: dict[str, list[list[str]]], results: Path) -> None:
     """Run the commands of every run, some runs at a time. A run that fails leaves the reason in its folder."""
-    executor = submitit.AutoExecutor(Path("models") / args.grid / "jobs", cluster=args.cluster)
+    try:
+        executor = submitit.AutoExecutor(Path("models") / args.grid / "jobs", cluster=args.cluster)
+    except RuntimeError as error:
+        raise UserError(f"--cluster {args.cluster}: {error}") from error
     gpus = visible_gpus()
     free_slots = list(range(args.at_once or len(gpus) or os.cpu_count()))
     threads = max(1, os.cpu_count() // len(free_slots))
@@ -162,10 +176,11 @@ def last_line(text: str) -> str:
 
 
 def evaluate(flags: str, results: Path) -> None:
-    """Evaluate the finished runs that have not been evaluated."""
-    finished = [folder for folder in sorted(results.glob("*_seed*")) if not (folder / FAILED).exists()]
-    new = [folder for folder in finished if not (folder / "evaluation.json").exists()]
-    for folders in groups(new):
+    """Evaluate the finished runs, those with a model, that have not been evaluated."""
+    finished = [
+        folder for folder in sorted(results.glob("*_seed*")) if (Path("models") / results.name / folder.name).exists()
+    ]
+    for folders in groups([folder for folder in finished if not any((folder / name).exists() for name in LAST)]):
         filled_in = flags.format(run=folders[0].name).split()
         if start("evaluate_nlg.py", [*filled_in, "--run", *folders]).returncode:
             raise UserError("evaluate_nlg.py failed; the same command goes on from there")

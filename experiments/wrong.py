@@ -1,13 +1,16 @@
 """finetuning_nlg.py with one detail wrong: how much does the detail matter?
 
-    python -m experiments.wrong dropout --seed 1         # the detail, then flags of finetuning_nlg.py
+    python -m experiments.wrong dropout --run dropout --out models/dropout    # the detail, flags of finetuning_nlg.py
     python -m experiments.study details                  # every detail and the correct code, three seeds each
 
-Code for PPO on language models has got each of these details wrong somewhere (docs/method.md).
+Code for PPO on language models has got each of these details wrong somewhere (docs/method.md). The run's config.json
+names the detail.
 """
 
+import argparse
 import functools
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -90,8 +93,19 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "(none)"
     if name not in DETAILS:
         raise UserError(f"{name} is no detail; the first argument is one of {', '.join(DETAILS)}")
-    DETAILS[sys.argv.pop(1)]()
+    DETAILS[name]()
+    finetuning_nlg.parse_args = functools.partial(parse_args, finetuning_nlg.parse_args)
     finetuning_nlg.main()
+
+
+def parse_args(parse: Callable[[], argparse.Namespace]) -> argparse.Namespace:
+    """The settings of the run, which the detail is one of, as `parse` reads all flags but the first."""
+    program, detail, *flags = words = sys.argv
+    sys.argv = [program, *flags]
+    args = parse()
+    sys.argv = words  # what config.json says was run
+    args.detail = detail
+    return args
 
 
 if __name__ == "__main__":

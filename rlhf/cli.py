@@ -325,8 +325,8 @@ def check_ppo_flags(args: argparse.Namespace) -> None:
         raise UserError("--leave-one-out compares the answers to one query: give --answers 2 or more")
     if not updates:
         raise UserError(f"--episodes {args.episodes} is less than one batch of --batch-size {args.batch_size}")
-    if args.label_rounds > min(args.labels, updates):
-        raise UserError(f"--label-rounds {args.label_rounds} are more than there are --labels or updates")
+    if args.label_rounds > min(args.labels // 2, updates):
+        raise UserError(f"--label-rounds {args.label_rounds} are more than there are updates or pairs of --labels")
     of_critic = {"--critic-warmup": args.critic_warmup, "--value-lr": args.value_lr}
     for flag, value in (of_critic | {"--separate-value": args.separate_value}).items():
         if value and args.leave_one_out:

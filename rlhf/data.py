@@ -34,9 +34,13 @@ def load_splits(source: str, config: str | None = None, revision: str | None = N
     """
     path = Path(source)
     if path.is_dir():
-        files = {
-            file.stem: file for file in sorted(path.iterdir()) if file.suffix in FORMATS and file.stem != "feedback"
-        }
+        files = {}
+        for file in sorted(path.iterdir()):
+            if file.suffix in FORMATS and file.stem != "feedback":
+                name = SPLIT_NAMES.get(file.stem, file.stem)
+                if name in files:
+                    raise UserError(f"{source}: {files[name].name} and {file.name} are the same split; remove one")
+                files[name] = file
         if not files:
             raise UserError(f"{source} holds no train.csv, train.txt or the like; see docs/adding.md, Data")
     elif path.is_file():

@@ -150,10 +150,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     "runs" is the number of runs, and "broken" the fraction that broke or failed. A failed run counts in these two only.
     """
-    rows = {}
+    rows, columns = {}, ("gold_ethical", "gold_valid", "fraction_of_optimum", "kl")
+    table = table.reindex(columns=[*table, *(column for column in columns if column not in table)])  # if all failed
     for variant, runs in table.groupby("variant"):
         row = {"runs": len(runs), "broken": (runs.broken.fillna("") != "").mean()}
-        for column in ("gold_ethical", "gold_valid", "fraction_of_optimum", "kl"):
+        for column in columns:
             values = runs[column].dropna().to_numpy(dtype=float)
             row[column] = interquartile_mean(values) if len(values) else np.nan
             if column in ("gold_ethical", "fraction_of_optimum"):

@@ -17,7 +17,7 @@ def load_judge(spec: str, texts: list[str], device: torch.device, precision_name
     where the default's file is missing: a project with data of its own need not have it."""
     if spec == "none":
         return None
-    if ".py:" not in spec:
+    if not rewards.is_function(spec):
         raw_score = rewards.frozen_model(*rewards.load_model(spec, "--gold"), device, precision_name)
 
         def judge_by_classifier(texts: list[str]) -> np.ndarray:

@@ -18,7 +18,7 @@ from rlhf import activations, fast_path, lora, policy, precision
 from rlhf.muon import inner_matrices
 from rlhf.policy import PolicyWithValue, logprobs_and_kl
 
-GIB, FLOAT = 2**30, 4  # bytes
+GIB, FLOAT, HALF = 2**30, 4, 2  # bytes
 LABELS = ("weights", "gradients", "optimizer", "rollout", "activations", "peak")
 
 
@@ -75,7 +75,7 @@ def estimate(config: PretrainedConfig, rewards: Sequence[PretrainedConfig], sett
     """The memory of finetuning_nlg.py with a policy and reward models of these configurations."""
     with warnings.catch_warnings(action="ignore"), _WithoutMemory():
         reference, trained, dtype, loading = _models(config, settings)
-        weights = _bytes([reference, trained, *_computing(trained)])
+        weights = _bytes([reference, trained, *_computing(trained)]) + _output_layers(trained.model, dtype, settings)
         weights += sum(_reward_bytes(each, settings) for each in rewards)
         gradients, optimizer, of_a_step = _training(trained, settings)
         of_layers, of_vocabulary, at_work, first_gradients = _forward_batch(trained, reference, settings)
@@ -96,9 +96,9 @@ def estimate(config: PretrainedConfig, rewards: Sequence[PretrainedConfig], sett
 def _models(config: PretrainedConfig, settings: Settings) -> tuple[nn.Module, PolicyWithValue, torch.dtype, int]:
     """As `task.load` makes them; and the bytes of the model as it is loaded, in float32."""
     with torch.device("meta"):
-        reference = AutoModelForCausalLM.from_config(config).eval()
+        reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # whatever it was saved in
         loading = _bytes([reference])
-        dtype = precision.choose(settings.precision, settings.on, reference)
+        dtype = _precision(reference, settings)
         model = lora.trained_beside(reference, dtype, settings.lora, base="")
     _put_on_cpu([reference, model])  # where attention is the one that a run takes; on meta it is another
     return reference, PolicyWithValue(model, settings.separate_value, dtype).eval(), dtype, loading
@@ -123,8 +123,26 @@ def _computing(trained: PolicyWithValue) -> list[nn.Module]:
 
 
 def _reward_bytes(config: PretrainedConfig, settings: Settings) -> int:
-    model = AutoModelForSequenceClassification.from_config(config)
-    return _bytes([precision.freeze(model, precision.choose(settings.precision, settings.on, model))])
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    return _bytes([precision.freeze(model, _precision(model, settings))])
+
+
+def _precision(model: nn.Module, settings: Settings) -> torch.dtype:
+    """As precision.choose; a CUDA device that is not there multiplies bfloat16, as all that are sold do."""
+    if settings.precision == "auto" and settings.on.type == "cuda" and not torch.cuda.is_available():
+        return torch.bfloat16
+    return precision.choose(settings.precision, settings.on, model)
+
+
+def _output_layers(model: nn.Module, dtype: torch.dtype, settings: Settings) -> int:
+    """What the output layers in bfloat16 take beyond those of a CPU, which hold float32: the frozen model's own, and
+    the copy of one that trains."""
+    if settings.on.type != "cuda" or dtype != torch.bfloat16:
+        return 0
+    weight = model.get_output_embeddings().weight
+    is_tied = weight is model.get_input_embeddings().weight  # then the embeddings stay as they are
+    frozen = HALF * weight.numel() - (0 if is_tied else FLOAT * weight.numel())
+    return frozen + (0 if settings.lora else HALF * weight.numel())
 
 
 def _bytes(modules: list[nn.Module]) -> int:

@@ -207,10 +207,13 @@ def load_policy(name: str, flag: str, is_chat: bool = False) -> tuple[PreTrained
         raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token; give another model")
     ids = torch.arange(2).unsqueeze(0)
     with torch.no_grad():
-        logits, states = model(ids).logits, model.base_model(ids).last_hidden_state
-        if not torch.allclose(model.get_output_embeddings()(states), logits, atol=1e-4):
-            needed = "logits that are the output layer of the last hidden states"
-            raise UserError(f"{flag} {name}: PPO needs {needed}; give another model")
+        out, needed = model.base_model(ids, use_cache=True), []
+        if not torch.allclose(model.get_output_embeddings()(out.last_hidden_state), model(ids).logits, atol=1e-4):
+            needed.append("logits that are the output layer of the last hidden states")
+        if getattr(out, "past_key_values", None) is None:
+            needed.append("a cache of keys and values")
+    if needed:
+        raise UserError(f"{flag} {name}: PPO needs {' and '.join(needed)}; give another model")
     return model, tokenizer
 
 
@@ -294,7 +297,7 @@ def save_folder(folder: str | Path, model, tokenizer, card: str, metrics: dict |
     A model with adapters is written merged, in float32, and the adapters in a folder inside.
     """
     folder = Path(folder)
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    fresh, old = (folder.with_name(f".{folder.name}.{name}") for name in ("new", "old"))  # nobody's own
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from rlhf import model_card, models, rewards, runtime
+from rlhf.errors import UserError
 from rlhf.human import feedback
 from rlhf.run_log import REWARD_MODEL
 from rlhf.sampling import Sampling
@@ -16,13 +17,26 @@ def write_config(args: argparse.Namespace, reward: rewards.Reward, folder: Path,
     runtime.write_json(folder / "config.json", {"settings": vars(args), **reward.state_dict()} | provenance)
 
 
+def refuse_to_replace(out: str, policy: str, rewards_of_run: list[str], gold: str) -> None:
+    """Refuse an --out that would take the place of a model with which the run is evaluated later."""
+    needed = {"--policy": [policy], "--reward": [rewards.weight_and_reward(x)[1] for x in rewards_of_run]}
+    for flag, names in (needed | {"--gold": [gold]}).items():
+        if Path(out).resolve() in [Path(name).resolve() for name in names]:
+            raise UserError(f"--out {out} would replace {flag}, which evaluate_nlg.py needs, too; give another folder")
+
+
+def metrics_file(args: argparse.Namespace) -> Path:
+    """Of a classifier or a generator."""
+    return Path(args.results) / f"{Path(args.out).name}_{models.RECORD}"
+
+
 def save_trained(
     args: argparse.Namespace, model, tokenizer, title: str, task: str, results: pd.DataFrame, record: dict
 ) -> None:
     """A classifier or a generator with its model card, and the record of its training, which --results gets too."""
     models.save_folder(args.out, model, tokenizer, model_card.text(title, task, args.data, record, results), record)
-    metrics_file = runtime.write_json(Path(args.results) / f"{Path(args.out).name}_{models.RECORD}", record)
-    print(f"model: {args.out}; metrics: {metrics_file}")
+    path = runtime.write_json(metrics_file(args), record)
+    print(f"model: {args.out}; metrics: {path}")
 
 
 def save_policy(

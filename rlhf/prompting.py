@@ -117,7 +117,7 @@ class Conversations:
 
         They are whole prompts, far fewer than beginnings of texts: held out is a fifth of both splits.
         """
-        fitting, total = self._fitting(conversations, length), sum(map(len, conversations.values()))
+        fitting, total = self._fitting(conversations, length), len(conversations["train"] + conversations["valid"])
         if len(fitting) < total:
             print(f"{total - len(fitting)} of {total} prompts are longer than --query-length {length}: left out")
         return querying.hold_out_queries(fitting, chat.plain)[0]

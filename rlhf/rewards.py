@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ def load(
     parts = []
     for spec in specs:
         weight, what = weight_and_reward(spec)
-        is_model = ".py:" not in what
+        is_model = not is_function(what)
         if what == "human":
             raw_score = functools.partial(score_texts, *human)
         elif is_model:
@@ -142,7 +143,7 @@ def includes_people(specs: list[str]) -> bool:
 
 def with_saved_human_model(specs: list[str], out: str) -> list[str]:
     """The specs after training, when the model of people's answers is a folder beside the policy."""
-    return [re.sub(r"(^|\*)human$", rf"\1{out}_reward", spec) for spec in specs]
+    return [re.sub(r"(^|\*)human$", lambda match: f"{match[1]}{out}_reward", spec) for spec in specs]
 
 
 def load_model(name: str, flag: str = "--reward"):
@@ -211,13 +212,19 @@ def guarded(function: Callable, name: str) -> Callable:
     return guarded_function
 
 
+def is_function(spec: str) -> bool:
+    return ".py:" in spec or spec.endswith(".py")
+
+
 def load_function(spec: str, flag: str) -> Callable:
     """FILE.py:FUNCTION"""
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
-        raise UserError(f"{flag} {spec}: there is no file {file or spec}; give FILE.py:FUNCTION")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        lacking = "it names no function" if Path(spec).is_file() else f"there is no file {file or spec}"
+        raise UserError(f"{flag} {spec}: {lacking}; give FILE.py:FUNCTION")
+    module_spec = importlib.util.spec_from_file_location(f"rlhf_user_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where dataclasses look for the module that they are defined in
     try:
         module_spec.loader.exec_module(module)
         function = getattr(module, name)

@@ -184,6 +184,13 @@ def test_the_validation_split_of_the_data_is_used(tmp_path):
     }  # fmt: skip
 
 
+def test_two_files_of_one_split_are_refused(tmp_path):
+    for name in ("train.csv", "dev.csv", "valid.txt"):
+        (tmp_path / name).write_text("text\nx\n")
+    with pytest.raises(UserError, match=r"dev\.csv and valid\.txt are the same split; remove one"):
+        data.load_splits(str(tmp_path))
+
+
 def write_rows(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -59,6 +59,22 @@ def test_in_bfloat16_the_matrices_of_the_reference_and_of_the_policys_copy_take_
     assert found.weights == 4 * (WEIGHTS + VALUE_HEAD) + 2 * matrices + (4 * others + 2 * matrices)
 
 
+def test_on_cuda_the_output_layers_are_in_bfloat16_too():
+    on_cpu, layer = estimated(precision="bfloat16").weights, 2 * V * H
+    assert estimated(device="cuda").weights == estimated().weights  # in float32
+    for precision in ("bfloat16", *(["auto"] if not torch.cuda.is_available() else [])):
+        assert estimated(device="cuda", precision=precision).weights == on_cpu + 2 * layer  # the reference, the copy
+    adapted = estimated(precision="bfloat16", lora=4).weights
+    assert estimated(device="cuda", precision="bfloat16", lora=4).weights == adapted + layer
+    untied = GPT2Config(**CONFIG.to_dict() | {"tie_word_embeddings": False})
+    on_both = [estimated(untied, device=device, precision="bfloat16").weights for device in ("cpu", "cuda")]
+    assert on_both[0] == on_both[1]  # half of the reference's own, and as much for the copy
+
+
+def test_a_model_is_loaded_in_float32_whatever_it_was_saved_in():
+    assert estimated(GPT2Config(**CONFIG.to_dict() | {"dtype": "bfloat16"})) == estimated()
+
+
 def test_a_value_network_and_reward_models_count():
     found = estimated(separate_value=True)
     assert found.weights == 4 * (3 * WEIGHTS + VALUE_HEAD)

@@ -105,6 +105,16 @@ def test_good_or_bad_is_a_label_that_train_cls_reads(tmp_path):
     assert (labels.candidates, labels.chosen.tolist()) == ([["A b"], ["C d"]], [1, 0])
 
 
+def test_a_text_with_other_ends_of_lines_and_a_file_that_an_editor_left_open(tmp_path):
+    path, odd = tmp_path / "f.jsonl", Question("On\u2028Monday", (" she\x85 lied.\n", " she helped.\r"))
+    answers.append(path, answers.to_row(odd, "2", {}))
+    path.write_text(path.read_text("utf-8").rstrip("\n"), "utf-8")
+    answers.append(path, answers.to_row(PAIR, "1", {}))
+    assert [answers.question_in(row) for row in answers.read(path, 2)] == [odd, PAIR]
+    with pytest.raises(UserError, match=r"is no file; give the name of a \.jsonl file"):
+        answers.read(tmp_path, 2)
+
+
 def test_a_row_says_question_and_answer():
     for question, key, label in ((PAIR, "2", 1), (Question("A", (" b",)), "g", 1), (Question("A", (" b",)), "b", 0)):
         row = answers.to_row(question, key, {"policy": "p"})
@@ -188,6 +198,7 @@ def test_agreement_with_the_reward_model_is_shown_and_undone(tmp_path):
         ("{}", "line 2 is not an answer"),
         ("[]", "line 2 is not an answer"),
         ('{"query": "a", "sample": "b", "text": "ab", "label": "good"}', "line 2 is not an answer"),
+        ('{"query": null, "sample": null, "label": 1}', "line 2 is not an answer"),
         ('{"query": "a", "sample": "b", "label": 1, "text": "ab"}', "line 2 answers another kind of question"),
     ],
 )
@@ -234,7 +245,12 @@ def test_the_terminal_shows_the_question_and_reads_a_line(monkeypatch, capsys):
     assert terminal.ask(view) == "q"  # the input ended
 
 
-@pytest.mark.parametrize(("typed", "key"), [(b"2", "2"), (b"S", "s"), (b"\x03", "q"), (b"\x04", "q")])
+ARROW_DOWN = b"\x1b[B"
+
+
+@pytest.mark.parametrize(
+    ("typed", "key"), [(b"2", "2"), (b"S", "s"), (b"\x03", "q"), (b"\x04", "q"), (ARROW_DOWN, "\x1b")]
+)
 def test_one_key_is_enough_at_a_terminal(monkeypatch, typed, key):
     keyboard, screen = pty.openpty()
     with os.fdopen(screen, "r") as stdin:
@@ -243,6 +259,8 @@ def test_one_key_is_enough_at_a_terminal(monkeypatch, typed, key):
         typing.start()
         assert terminal.read_key() == key
         typing.join()
+        os.write(keyboard, b"g")
+        assert terminal.read_key() == "g"  # nothing of the key before is left
     os.close(keyboard)
 
 

@@ -180,6 +180,7 @@ def test_a_device_out_of_memory_is_no_mistake_of_the_function(tmp_path):
         ("none.py:score", "there is no file none.py"),
         ("{}/own.py:none", "cannot be loaded: AttributeError"),
         ("none", "there is no file none; give FILE.py:FUNCTION"),
+        ("{}/own.py", "own.py: it names no function; give FILE.py:FUNCTION"),
         ("{}/own.py:FIVE", "own.py:FIVE: FIVE is 5, not a function; name one of"),
     ],
 )
@@ -189,10 +190,18 @@ def test_a_function_that_is_not_there(tmp_path, spec, message):
         rewards.load_function(spec.format(tmp_path), "--annotator")
 
 
+def test_a_functions_file_may_define_a_dataclass(tmp_path):
+    lines = ["from __future__ import annotations", "from dataclasses import dataclass", "@dataclass", "class A:"]
+    lines += ["  a: int", "def score(texts):", "  return [A(1).a for _ in texts]"]
+    (tmp_path / "own.py").write_text("\n".join(lines))
+    assert rewards.load_function(f"{tmp_path}/own.py:score", "--reward")(["x"]) == [1]
+
+
 def test_people_among_the_rewards():
     assert rewards.includes_people(["models/cls", "human"]) and rewards.includes_people(["0.5*human"])
     assert not rewards.includes_people(["models/human", "models/cls"])
     specs = ["human", "0.5*human", "models/human", "human_model", "2*models/cls"]
+    assert rewards.with_saved_human_model(["2*human"], "7b") == ["2*7b_reward"]
     assert rewards.with_saved_human_model(specs, "models/ppo") == [
         "models/ppo_reward", "0.5*models/ppo_reward", "models/human", "human_model", "2*models/cls"
     ]  # fmt: skip

@@ -9,9 +9,18 @@ import time
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    MambaConfig,
+    pipeline,
+)
 
-from rlhf import runtime
+from rlhf import models, runtime, supervised
+from rlhf.errors import UserError
 from tests.conftest import ROOT, SHARED, TINY_EVALUATION, TINY_RUN, refused, run, write_csv
 
 MADE = "cls", "nlg", "nlg_ppo"
@@ -43,7 +52,11 @@ def test_the_policy_of_another_run_is_not_taken_for_that_of_this_one(chain, tmp_
     config["settings"]["run"] = "later"
     path.write_text(json.dumps(config))
     error = refused("evaluate_nlg", *TINY_EVALUATION, "--run", "data_results/later", cwd=tmp_path)
-    assert f"models/nlg_ppo has the policy of data_results/{first} by now, and not of data_results/later" in error
+    assert f"has the policy of data_results/{first}, which is not data_results/later as it is now: --run was" in error
+    config["settings"] |= {"run": first, "kl_coef": 0.01}  # a run of the same name that did not come to its end
+    (tmp_path / "data_results" / first / "config.json").write_text(json.dumps(config))
+    error = refused("evaluate_nlg", *TINY_EVALUATION, cwd=tmp_path)
+    assert f"not data_results/{first} as it is now: --kl-coef was 0.15. Train every run" in error
     flags = "--run", "data_results/later", "--policy", "models/nlg_ppo"
     run("evaluate_nlg", *TINY_EVALUATION, *flags, cwd=tmp_path)
 
@@ -70,6 +83,15 @@ def test_a_folder_that_holds_no_model_is_not_replaced(tmp_path, script):
     error = refused(script, "--out", "mine/", cwd=tmp_path)
     assert "--out mine is there and is no model folder, and would be replaced" in error
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "two years of work"
+
+
+def test_what_is_needed_at_the_end_is_looked_at_before_the_training(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(supervised, "fit", None)
+    (tmp_path / "file").write_text("")
+    for script in ("train_cls", "train_nlg"):
+        assert "file" in refused(script, "--results", "file", cwd=tmp_path)
+    flags = "--gold", "jugde.py:judge", "--out", "models/unjudged"
+    assert "there is no file jugde.py" in refused("train_nlg", *flags, cwd=chain[0])
 
 
 def test_run_folder(chain):
@@ -214,6 +236,26 @@ def test_a_model_that_cannot_be_built(chain, name):
     assert f"--model {name} is no model: give scratch or scratch:ARCH" in refused(
         "train_nlg", "--model", name, cwd=chain[0]
     )
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "needed"),
+    [
+        (MambaConfig(**TINY, state_size=4), "a cache of keys and values"),
+        (GraniteConfig(**TINY, num_attention_heads=2, logits_scaling=2.0), "logits that are the output layer of the"),
+    ],
+    ids=lambda x: getattr(x, "model_type", ""),
+)
+def test_a_model_that_ppo_cannot_train(chain, tmp_path, config, needed):
+    tokenizer = AutoTokenizer.from_pretrained(chain[0] / "models" / "nlg")
+    config.vocab_size = len(tokenizer)
+    for part in (AutoModelForCausalLM.from_config(config), tokenizer):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"--policy .*: PPO needs {needed}"):
+        models.load_policy(str(tmp_path), "--policy")
 
 
 # other models and data
@@ -420,6 +462,8 @@ def test_model_folders(chain, tmp_path):
         (["--device", "cuda"], "no CUDA device"),
         (["--response-length", "252"], "257 tokens are more than the 256 that the model can read"),
         (["--reference-samples", "9" * 25], "at most 1000000"),
+        (["--out", "models/nlg"], "--out models/nlg would replace --policy"),
+        (["--out", "models/../models/cls/"], "models/cls would replace --reward"),
     ],
 )
 def test_flags(chain, flags, words):

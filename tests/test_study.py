@@ -11,6 +11,7 @@ import torch
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from experiments import grids, hard_frames, preferences, study
+from rlhf.errors import UserError
 from tests.conftest import ROOT, SHARED, TINY_RUN, refused, run
 
 
@@ -45,6 +46,13 @@ def test_a_grid_runs_once_and_says_what_failed(home, monkeypatch):
     run("experiments.study", "ablations", "--seeds", "1", cwd=home)
     second_table = pd.read_csv(home / "data_results" / "ablations.csv").set_index(["variant", "seed"])
     pd.testing.assert_frame_equal(second_table, table)
+
+
+def test_what_a_study_needs_is_looked_at_first(home, tmp_path):
+    assert "the runs need models/nlg, which is not there" in refused("experiments.study", "ablations", cwd=tmp_path)
+    assert not (tmp_path / "data_results").exists()
+    flags = "--cluster", "slurm", "--partition", "gpu"
+    assert "--cluster slurm: Could not detect" in refused("experiments.study", "ablations", *flags, cwd=home)
 
 
 def test_ppo_goes_on_from_a_supervised_policy_with_the_other_half_of_the_texts(tmp_path, monkeypatch):
@@ -249,6 +257,13 @@ def test_no_model_predicts_the_choice_between_equal_texts(tmp_path):
     lines = [json.dumps({"query": ""} | {f"sample{i}": text for i, text in enumerate(row)}) for row in rows]
     (tmp_path / "test.jsonl").write_text("\n".join(lines))
     assert preferences.perfect_accuracy(tmp_path) == 0.75
+
+
+def test_another_run_on_hard_frames_does_not_pass_for_this_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"settings": {"reward": ["models/cls"], "episodes": 8}}')
+    hard_frames.refuse_another(tmp_path, argparse.Namespace(reward="models/cls", episodes=8))
+    with pytest.raises(UserError, match="is of --reward models/cls --episodes 8; give another --run"):
+        hard_frames.refuse_another(tmp_path, argparse.Namespace(reward="models/other", episodes=8))
 
 
 def test_the_hard_frames_are_told_from_the_others(tmp_path):

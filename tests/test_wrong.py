@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import finetuning_nlg
 import ppo
 from experiments import grids, wrong
 from rlhf import optim, policy, rewards, rollout, sampling
@@ -15,6 +16,7 @@ from tests import tiny
 from tests.conftest import TINY_RUN, refused, run
 
 PATCHED = [
+    (finetuning_nlg, "parse_args"),
     (policy.PolicyWithValue, "__init__"),
     (policy.PolicyWithValue, "eval"),
     (policy, "position_ids"),
@@ -119,8 +121,9 @@ def test_it_takes_the_flags_of_the_grid(chain):
     detail, *flags = grids.GRIDS["details"].variants["nothing"].split()
     out = ["--run", "detail", "--out", "models/detail"]
     run("experiments.wrong", detail, *flags, *TINY_RUN, "--response-length", 8, *out, cwd=chain[0])
-    settings = json.loads((chain[0] / "data_results" / "detail" / "config.json").read_text("utf-8"))["settings"]
-    assert settings["kl_guard"] is False
+    config = json.loads((chain[0] / "data_results" / "detail" / "config.json").read_text("utf-8"))
+    assert config["settings"]["kl_guard"] is False
+    assert config["settings"]["detail"] == detail and f"wrong.py {detail} " in config["command"]
 
 
 def test_an_unknown_detail():

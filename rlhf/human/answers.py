@@ -23,8 +23,10 @@ def read(path: Path, num_samples: int) -> list[dict]:
     """The rows of a file of answers, all to questions with `num_samples` samples; [] if there is no file."""
     if not path.exists():
         return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    if not path.is_file():
+        raise UserError(f"--feedback-file {path} is no file; give the name of a .jsonl file")
+    rows, lines = [], path.read_text(encoding="utf-8").split("\n")  # a text may hold what splitlines takes for an end
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
         try:
             row = json.loads(line)
             label = label_in(row)
@@ -43,7 +45,10 @@ def read(path: Path, num_samples: int) -> list[dict]:
 def question_in(row: dict) -> Question:
     """The question that a row answers."""
     names = ["sample"] if "sample" in row else [f"sample{i}" for i in range(sum("sample" in name for name in row))]
-    return Question(row["query"], tuple(row[name] for name in names))
+    query, *samples = texts = [row[name] for name in ("query", *names)]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("query and samples are texts")
+    return Question(query, tuple(samples))
 
 
 def label_in(row: dict) -> int:
@@ -64,8 +69,10 @@ def to_row(question: Question, key: str, metadata: dict) -> dict:
 def append(path: Path, row: dict) -> None:
     """Write a row as the last line, and wait until it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with open(path, "a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        between = b"" if file.read() in (b"", b"\n") else b"\n"  # an editor may have left the last line open
+        file.write(between + json.dumps(row, ensure_ascii=False).encode() + b"\n")
     runtime.sync(path)
 
 

@@ -91,6 +91,7 @@ def load(
     """
     if distributed.world_size() > 1:
         raise UserError("--reward human asks one person, in one process; start it without torchrun")
+    answers.read(settings.file, samples_per_question(settings.kind))  # an error in it ends the run here, not later
     model, tokenizer = reward_model.new_model(policy, settings.kind)
     precision.set_precision(model.to(device), precision.choose(precision_name, device, model))
     if annotator_spec:

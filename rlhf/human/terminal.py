@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -15,12 +16,13 @@ except ImportError:  # Windows: a key has to be followed by Enter
     termios = None
 
 MAX_WIDTH = 100  # columns
+ESCAPE = "\x1b"  # arrow keys and the like send it and then letters or digits, which are nobody's answer
 
 
 def ask(view: View) -> str:
     """Print a question and return the key that is pressed, without Enter where the input is a terminal."""
     query, samples = view.question
-    width = min(MAX_WIDTH, os.get_terminal_size().columns if sys.stdout.isatty() else MAX_WIDTH)
+    width = min(MAX_WIDTH, shutil.get_terminal_size().columns if sys.stdout.isatty() else MAX_WIDTH)
     lines = ["", "─" * width, view.progress, "", *folded(query + " …", width), ""]
     for number, sample in enumerate(samples, 1):
         label = f"{number}  " if len(samples) > 1 else ""
@@ -48,6 +50,8 @@ def read_key() -> str:
         return line.strip()[:1].lower() if line else QUIT
     with raw_terminal():
         key = os.read(sys.stdin.fileno(), 1).decode(errors="replace").lower()
+        if key == ESCAPE:
+            termios.tcflush(sys.stdin, termios.TCIFLUSH)
     return QUIT if key in ("\x03", "\x04", "") else key
 
 
