@@ -196,6 +196,7 @@ def test_machines_without_a_common_file_system_are_told_so(tmp_path):
 
 def test_people_are_asked_by_one_process(chain, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda items: items)
     assert "start it without torchrun" in refused("finetuning_nlg", *TINY_RUN, "--reward", "human", cwd=chain[0])
 
 
