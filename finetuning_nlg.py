@@ -85,7 +85,10 @@ def parse_args() -> argparse.Namespace:
     cli.check_ppo_flags(args)
     args.reward = args.reward or [cli.DEFAULT_REWARD]
     outputs.refuse_to_replace(args.out, args.policy, args.reward, args.gold)
-    if args.reward_sees == prompting.REPLY and rewards.includes_people(args.reward):
+    asks_people = rewards.includes_people(args.reward)
+    if (args.annotator or args.page) and not asks_people:
+        raise UserError("--annotator and --page are for --reward human: give it, too, or leave them out")
+    if args.reward_sees == prompting.REPLY and asks_people:
         raise UserError("--reward human: people judge a reply to its prompt; take --reward-sees both")
     args.run = args.run or f"K{args.ppo_epochs}_lr_{plots.short(args.lr)}_seed{args.seed}"
     return args
