@@ -232,6 +232,12 @@ def trials_of(results: Path) -> pd.DataFrame:
     return table.loc[[*table.index.drop(Path(CHOSEN).name), Path(CHOSEN).name]]
 
 
+def baseline_of(run) -> str:
+    if run.leave_one_out:
+        return "leave-one-out, 4 answers"
+    return f"a critic, alone for {run.critic_warmup} updates" if run.value_coef else "none"
+
+
 def trials(results: Path) -> str:
     """Runs that look for the settings of `make pretrained`."""
     runs = trials_of(results)
@@ -245,7 +251,7 @@ def trials(results: Path) -> str:
             "on SST-2" if run.fine_tuned else "no",
             plots.short(run.lr) + ("" if pd.isna(run.lora) else f", LoRA of rank {run.lora:.0f}"),
             f"{run.kl_coef:g}",
-            "leave-one-out, 4 answers" if run.leave_one_out else "none",
+            baseline_of(run),
             f"{run.episodes:,}",
             str(run.seed),
             f"{run.ethics:.2f}",
@@ -285,9 +291,23 @@ def trials(results: Path) -> str:
             f"({others.kl:.2f} against {alone.kl:.2f} nats), in one seed. It is the default for pretrained models, "
             "unless a flag asks for a critic.",
         ),
+        of_critic(results, runs.loc["critic_first"]),
         files(results, "finetuning_nlg.py ...", "pretrained/trials")
         + " The whole command of each trial is in its `config.json`. A grid around the default, not run yet: "
         "`python -m experiments.study recipe --seeds 1`.",
+    )
+
+
+def of_critic(results: Path, critic: pd.Series) -> str:
+    """Against the default on the same models, which are not those of the other trials: peer/sentiment_seed0."""
+    log = pd.read_csv(results / "peer/sentiment_seed0/log.csv")
+    default = log.tail(len(log) // 5).mean(numeric_only=True)
+    explained = critic.log.explained_variance.tail(len(critic.log) // 5).mean()
+    return claim(
+        critic.score < default.score and abs(critic.kl - default.kl) < 0.2 and 0 < explained < 0.3,
+        f"A critic that learns first, with a learning rate of {critic.value_lr:g}, explains {explained:.0%} of the "
+        f"returns' variance by the end, and ends at a score of {critic.score:.2f} ({critic.kl:.1f} nats) instead of "
+        f"{default.score:.2f} ({default.kl:.1f} nats), with which leave-one-out ends on the same models.",
     )
 
 
