@@ -40,7 +40,6 @@ from rlhf.cli import COUNT
 from rlhf.errors import UserError
 
 FAILED = "failed.txt"  # in the folder of a run that failed: the reason, in one line
-LAST = (FAILED, "evaluation.json")  # of a run folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,8 +67,7 @@ def main() -> None:
     refuse_without_models(commands)
     run_all(args, commands, results)
     evaluate(GRIDS[args.grid].evaluation, results)
-    done = [folder for folder in sorted(results.glob("*_seed*")) if any((folder / name).exists() for name in LAST)]
-    table = pd.DataFrame([row_of(folder) for folder in done])
+    table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*")) if has_a_row(folder)])
     table.round(6).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
     print(frontier.summary(table).to_string(float_format="%.3f"))
     print(f"table: {results.with_suffix('.csv')}")
@@ -177,13 +175,16 @@ def last_line(text: str) -> str:
 
 def evaluate(flags: str, results: Path) -> None:
     """Evaluate the finished runs, those with a model, that have not been evaluated."""
-    finished = [
-        folder for folder in sorted(results.glob("*_seed*")) if (Path("models") / results.name / folder.name).exists()
-    ]
-    for folders in groups([folder for folder in finished if not any((folder / name).exists() for name in LAST)]):
+    new = [folder for folder in sorted(results.glob("*_seed*")) if not has_a_row(folder)]
+    for folders in groups([folder for folder in new if (Path("models") / results.name / folder.name).exists()]):
         filled_in = flags.format(run=folders[0].name).split()
         if start("evaluate_nlg.py", [*filled_in, "--run", *folders]).returncode:
             raise UserError("evaluate_nlg.py failed; the same command goes on from there")
+
+
+def has_a_row(folder: Path) -> bool:
+    """Whether a run has failed, or has been evaluated."""
+    return any((folder / name).exists() for name in (FAILED, "evaluation.json"))
 
 
 def groups(folders: list[Path]) -> list[list[Path]]:
