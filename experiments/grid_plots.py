@@ -115,7 +115,7 @@ def draw_said_and_true(axes, groups: dict[str, list[pd.DataFrame]]) -> None:
     """
     score_lines, judge_lines = [], []
     run_groups = [(name, logs) for name, logs in groups.items() if logs]
-    for (name, logs), color in zip(run_groups, (ORANGE, GREEN, BLUE), strict=False):
+    for (name, logs), color in zip(run_groups, (ORANGE, GREEN, BLUE, PINK), strict=False):
         mean = pd.concat(logs).groupby("update").mean(numeric_only=True).rolling(SMOOTHING, min_periods=1).mean()
         share = mean.gold_valid.fillna(1) * mean.gold_ethical
         style = {"color": color, "linewidth": 1.5}
@@ -150,6 +150,19 @@ def save_rewards(results: Path) -> Path:
     groups = {f"{rows:,} texts": logs_like(results, f"{rows}_rows_kl_coef_0.02") for rows in sizes}
     title = "Reward models of few and of many labelled texts (KL coefficient 0.02)"
     return save(grid_figure(results), title, draw_said_and_true, groups)
+
+
+REVIEWS = {  # variant of the grid -> its name in figure and table
+    "default": "3,460 labels, KL coefficient 0.1",
+    "no_price": "3,460 labels, no KL penalty",
+    "few_labels": "300 labels, KL coefficient 0.1",
+    "few_labels_no_price": "300 labels, no KL penalty",
+}
+
+
+def save_reviews(results: Path) -> Path:
+    groups = {name: logs_like(results, variant) for variant, name in REVIEWS.items()}
+    return save(grid_figure(results), "Film reviews: reward model and held-out judge", draw_said_and_true, groups)
 
 
 def save_data(results: Path) -> Path:

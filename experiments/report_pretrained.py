@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.markdown import claim, files, lines, load, section, spread, table
+from experiments.markdown import claim, files, load, section, spread, table
 from rlhf import frontier, plots
 
 TASKS = {  # of experiments/pretrained.py, and what the responses are
@@ -13,7 +13,6 @@ TASKS = {  # of experiments/pretrained.py, and what the responses are
     "ethics": "what somebody does in a situation (Moral Stories); good is right",
     "world": "the shipped openings go on; good is ethical",
 }
-CHOSEN = "pretrained/sentiment_seed0"  # the settings that became the defaults
 
 
 def evaluation_of(folder: Path) -> dict:
@@ -219,126 +218,4 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
     ]
 
 
-def trials_of(results: Path) -> pd.DataFrame:
-    """A row a trial, and one for what was chosen; means over the last fifth of the updates."""
-    rows = {}
-    trials = sorted(path.parent for path in (results / "pretrained/trials").glob("*/log.csv"))
-    for folder in [*trials, results / CHOSEN]:
-        settings, log = load(folder / "config.json")["settings"], pd.read_csv(folder / "log.csv")
-        end = log.tail(len(log) // 5).mean(numeric_only=True)
-        rows[folder.name] = settings | {name: end[name] for name in ("score", "ethics", "kl", "terminated")}
-        rows[folder.name] |= {"log": log, "fine_tuned": settings["policy"] != "models/smollm2"}
-    table = pd.DataFrame(rows).T.sort_values(["fine_tuned", "episodes", "lr"], kind="stable")
-    return table.loc[[*table.index.drop(Path(CHOSEN).name), Path(CHOSEN).name]]
-
-
-def baseline_of(run) -> str:
-    if run.leave_one_out:
-        return "leave-one-out, 4 answers"
-    return f"a critic, alone for {run.critic_warmup} updates" if run.value_coef else "none"
-
-
-def trials(results: Path) -> str:
-    """Runs that look for the settings of `make pretrained`."""
-    runs = trials_of(results)
-    raw = runs[~runs.fine_tuned.astype(bool)]
-    chosen, untuned = runs.loc[Path(CHOSEN).name], runs.loc["leave_one_out_lr_5e-5_kl_coef_0.1"]
-    longer, strongest = raw[raw.episodes == 10_240], raw.score.idxmax()
-    fifths = [log.score.groupby(log.index * 5 // len(log)).mean() for log in longer.log]
-    alone, others = raw.loc["kl_coef_0.3"], raw.loc["leave_one_out_kl_coef_0.3"]
-    rows = [
-        [
-            "on SST-2" if run.fine_tuned else "no",
-            plots.short(run.lr) + ("" if pd.isna(run.lora) else f", LoRA of rank {run.lora:.0f}"),
-            f"{run.kl_coef:g}",
-            baseline_of(run),
-            f"{run.episodes:,}",
-            str(run.seed),
-            f"{run.ethics:.2f}",
-            f"{run.score:.2f}",
-            f"{run.kl:.2f}",
-        ]
-        for run in runs.itertuples()
-    ]
-    header = "fine-tuned|learning rate|KL coefficient|baseline|episodes|seed|reward model's mean|score (SD)|KL (nats)"
-    return section(
-        "Which settings does a pretrained model want?",
-        "Trials on the sentiment task.",
-        lines(header.split("|"), rows),
-        "Means over the last fifth of the updates.",
-        claim(
-            chosen.ethics > untuned.ethics + 0.1 and chosen.kl < untuned.kl + 0.5,
-            "The last row has the defaults. Without the pass over SST-2's sentences nearly the same settings end at "
-            f"{untuned.ethics:.2f} and {untuned.kl:.1f} nats instead of {chosen.ethics:.2f} and {chosen.kl:.1f}: as it "
-            "comes, the model follows the opening of a review with quotation marks, brackets and new lines, and often "
-            "does not end. PPO then pays for removing these first.",
-        ),
-        claim(
-            not ((raw.ethics > 0.85) & (raw.kl < 6)).any(),
-            "From the model as it comes, no trial brings the reward model's mean over 0.85 within 6 nats.",
-        ),
-        claim(
-            (longer.kl_coef == 0.3).all() and all(np.ptp(means.iloc[2:]) < 0.1 for means in fifths),
-            "With a KL coefficient of 0.3 the score hardly moves after two fifths of 10,240 episodes.",
-        ),
-        claim(
-            raw.kl_coef.astype(float).idxmin() == strongest and raw.kl.astype(float).idxmax() == strongest,
-            "The lowest coefficient, with a higher learning rate, gains most and goes furthest.",
-        ),
-        claim(
-            others.score > alone.score and others.kl < alone.kl,
-            f"Leave-one-out ends at the higher score ({others.score:.2f} against {alone.score:.2f}) and the lower KL "
-            f"({others.kl:.2f} against {alone.kl:.2f} nats), in one seed. It is the default for pretrained models, "
-            "unless a flag asks for a critic.",
-        ),
-        of_critic(results, runs.loc["critic_first"]),
-        files(results, "finetuning_nlg.py ...", "pretrained/trials")
-        + " The whole command of each trial is in its `config.json`. A grid around the default, not run yet: "
-        "`python -m experiments.study recipe --seeds 1`.",
-    )
-
-
-def of_critic(results: Path, critic: pd.Series) -> str:
-    """Against the default on the same models, which are not those of the other trials: peer/sentiment_seed0."""
-    log = pd.read_csv(results / "peer/sentiment_seed0/log.csv")
-    default = log.tail(len(log) // 5).mean(numeric_only=True)
-    explained = critic.log.explained_variance.tail(len(critic.log) // 5).mean()
-    return claim(
-        critic.score < default.score and abs(critic.kl - default.kl) < 0.2 and 0 < explained < 0.3,
-        f"A critic that learns first, with a learning rate of {critic.value_lr:g}, explains {explained:.0%} of the "
-        f"returns' variance by the end, and ends at a score of {critic.score:.2f} ({critic.kl:.1f} nats) instead of "
-        f"{default.score:.2f} ({default.kl:.1f} nats), with which leave-one-out ends on the same models.",
-    )
-
-
-PEERS = {
-    "sentiment_seed0": "this code",
-    "trl_pretrained_our_settings_seed0": "TRL, settings of this code",
-}
-
-
-def peer(results: Path) -> str:
-    runs = pd.DataFrame([evaluation_of(results / "peer" / name) for name in PEERS], index=list(PEERS))
-    runs["minutes"] = pd.read_csv(results / "peer.csv").set_index("run").minutes
-    rows = {PEERS[name]: gains(runs.loc[[name]]) | {"minutes": f"{runs.minutes[name]:.0f}"} for name in PEERS}
-    (ours, trl), all_of_ours = runs.itertuples(), evaluations(results).query("task == 'sentiment'").judge
-    return section(
-        "How does TRL's PPOTrainer do with the pretrained model?",
-        "TRL 1.12.0 on the sentiment task, one seed: the same reference, reward model, judge, queries, episodes, batch "
-        "size, learning rate, KL coefficient, minibatches and passes over a batch, but a value network as large as the "
-        "policy. Each had a core of its own of an AMD EPYC; TRL's products are in float32, this code's in bfloat16.",
-        table("run", rows),
-        claim(
-            all_of_ours.min() < trl.judge < all_of_ours.max() and ours.judge > trl.judge and ours.kl < trl.kl,
-            f"The texts are alike: TRL's share lies within that of three seeds of this code ({all_of_ours.min():.1%} "
-            f"to {all_of_ours.max():.1%}, another machine and reward model, above).",
-        ),
-        claim(
-            trl.minutes > 3 * ours.minutes,
-            f"TRL took {trl.minutes / ours.minutes:.1f} times as long.",
-        ),
-        files(results, "make peer RUN=pretrained/sentiment_seed0", "peer.csv", "peer"),
-    )
-
-
-QUESTIONS = (pretrained, peer, trials)
+QUESTIONS = (pretrained,)

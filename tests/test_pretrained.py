@@ -57,6 +57,7 @@ def test_real_texts_have_a_judge_of_other_labels_another_seed_and_another_archit
     assert flag(reward, "data").endswith("rows/reward") and flag(judge, "data").endswith("rows/judge")
     assert flag(reward, "seed") != flag(judge, "seed")
     assert flag(generator, "lr") is None  # the default for pretrained models
+    assert "--query-kl" not in first + second  # people wrote the queries
     assert flag(generator, "model") == pretrained.POLICY and flag(generator, "data").endswith("rows/continued")
     for seed, ppo in enumerate((first, second)):
         assert flag(ppo, "policy") == flag(generator, "out")
@@ -83,6 +84,7 @@ def test_in_the_shipped_world_the_language_model_learns_its_texts_and_the_gold_j
     assert flag(by_script["finetuning_nlg.py"], "policy") == flag(by_script["train_nlg.py"], "out")
     assert flag(by_script["finetuning_nlg.py"], "data") == flag(by_script["train_nlg.py"], "data")
     assert flag(by_script["finetuning_nlg.py"], "gold") is None
+    assert "--query-kl" in by_script["finetuning_nlg.py"]
     assert by_script["hard"] == "data_results/pretrained/world_seed0"
 
 
