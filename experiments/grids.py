@@ -76,6 +76,7 @@ HOME = "models/pretrained/sentiment"
 REVIEWS = f"--policy {HOME}/nlg --data {HOME}/rows/queries --query-length 8 --response-length 32"
 REVIEWS_EVALUATION = f"--queries 32 --samples 16 --batch-size 256 --gold {HOME}/judge"
 FEW_LABELS = "models/reviews/inputs/{run}/reward"
+ANSWERS = f"--reward human --annotator classifier:{HOME}/judge --feedback-file models/reviews/{{run}}.jsonl"
 
 
 def train_reviewer(variant: str) -> list[str]:
@@ -227,7 +228,8 @@ GRIDS = {
             "no_price": f"--reward {HOME}/reward --kl-coef 0",
             "few_labels": f"--reward {FEW_LABELS}",
             "few_labels_no_price": f"--reward {FEW_LABELS} --kl-coef 0",
-        },
+        }
+        | {f"answers_{labels}": f"{ANSWERS} --labels {labels}" for labels in (60, 250, 1000)},
         f"{REVIEWS_EVALUATION} --reference-samples 64",  # about the judge, not about the optimum of every reward
         shared=f"{REVIEWS} --gold {HOME}/judge --no-kl-guard",
         setup=train_reviewer,

@@ -12,7 +12,7 @@
     python -m experiments.study beyond                 # best-of-n distilled and reward-weighted fine-tuning, no PPO
     python -m experiments.study start                  # PPO with half of the texts, from those policies
     python -m experiments.study recipe --seeds 1       # settings for pretrained models
-    python -m experiments.study reviews --seeds 1      # ... and their over-optimisation, with few labels and without KL
+    python -m experiments.study reviews --seeds 1      # ... and with few labels, no KL penalty, or people's answers
     python -m experiments.study data                   # sentiment and ethics, from the hub, or files of --source
     python -m experiments.study ablations --cluster slurm --partition gpu
 
