@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
     cli.fill(args)
-    recipes.fill(args, recipes.with_lora(recipes.PPO, args.lora), args.policy)
+    recipes.fill(args, recipes.with_lora(recipes.PPO, args.lora) | recipes.PEOPLE, args.policy)
     cli.check_lora(args, args.policy, "--policy")
     cli.check_ppo_flags(args)
     args.reward = args.reward or [cli.DEFAULT_REWARD]
@@ -121,7 +121,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
         start(args, log, reward, human, samples, runtime.provenance(device, dtype))
 
     runtime.print_device(device, dtype)
-    print(recipes.summary(args, recipes.PPO, args.policy))
+    print(recipes.summary(args, recipes.PPO | (recipes.PEOPLE if human else {}), args.policy))
     if args.kl_guard and not is_guarded(args):
         print("the KL guard is off: with --kl-coef 0 there is nothing that it could raise")
     for update in log.updates():

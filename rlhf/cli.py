@@ -306,12 +306,11 @@ def add_human_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--label-rounds", type=COUNT, default=1, help="times that people are asked, of the policy then")
     group.add_argument("--feedback-file", default="data_cls/feedback.jsonl", help="file of all answers")
     group.add_argument("--page", action="store_true", help="ask on a browser page of this machine, not at the terminal")
-    group.add_argument(
-        "--annotator", help="what answers in a person's place: gold, classifier:FOLDER, or FILE.py:FUNCTION"
-    )
+    group.add_argument("--annotator", help="answers in a person's place: gold, classifier:FOLDER, or FILE.py:FUNCTION")
     group.add_argument("--annotator-noise", type=FRACTION, default=0.0, help="fraction of its answers that are random")
     group.add_argument("--reward-epochs", type=COUNT, default=8, help="passes over the answers in every round")
-    group.add_argument("--reward-lr", type=POSITIVE, default=1e-3, help="peak learning rate of these passes")
+    lr_help = recipes.described(recipes.PEOPLE, "reward_lr", "peak learning rate of these passes")
+    group.add_argument("--reward-lr", type=POSITIVE, help=lr_help)
 
 
 def check_ppo_flags(args: argparse.Namespace) -> None:

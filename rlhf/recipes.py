@@ -33,6 +33,7 @@ PPO: Recipe = {
     "query_kl": (True, False),
     "reference_samples": (4096, 1024),
 }
+PEOPLE: Recipe = {"reward_lr": (1e-3, 5e-5)}  # of the reward model, which starts as the policy
 LENGTHS: Recipe = {"query_length": (5, 256), "response_length": (40, 128)}  # flag -> its default for texts, with --chat
 LORA_LR = 10  # learning rates of adapters, relative to full fine-tuning with Adam ("LoRA Without Regret", 2025)
 MUON_LR = 3  # Muon's learning rates, relative to Adam's
