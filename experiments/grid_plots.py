@@ -115,7 +115,8 @@ def draw_said_and_true(axes, groups: dict[str, list[pd.DataFrame]]) -> None:
     """
     score_lines, judge_lines = [], []
     run_groups = [(name, logs) for name, logs in groups.items() if logs]
-    for (name, logs), color in zip(run_groups, (ORANGE, GREEN, BLUE, PINK), strict=False):
+    colors = ORANGE, GREEN, BLUE, PINK, SKY, VIOLET, GREY
+    for (name, logs), color in zip(run_groups, colors, strict=False):
         mean = pd.concat(logs).groupby("update").mean(numeric_only=True).rolling(SMOOTHING, min_periods=1).mean()
         share = mean.gold_valid.fillna(1) * mean.gold_ethical
         style = {"color": color, "linewidth": 1.5}
@@ -157,7 +158,7 @@ REVIEWS = {  # variant of the grid -> its name in figure and table
     "no_price": "3,460 labels, no KL penalty",
     "few_labels": "300 labels, KL coefficient 0.1",
     "few_labels_no_price": "300 labels, no KL penalty",
-}
+} | {f"answers_{labels}": f"{labels:,} answers" for labels in (60, 250, 1000)}
 
 
 def save_reviews(results: Path) -> Path:

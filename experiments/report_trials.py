@@ -93,7 +93,7 @@ def trials(results: Path) -> str:
 
 def of_critic(results: Path, critic: pd.Series) -> str:
     """Against the default on the same models, which are not those of the other trials: peer/sentiment_seed0."""
-    log = pd.read_csv(results / "peer/sentiment_seed0/log.csv")
+    log = pd.read_csv(results / OURS / "log.csv")
     default = log.tail(len(log) // 5).mean(numeric_only=True)
     explained = critic.log.explained_variance.tail(len(critic.log) // 5).mean()
     return claim(
@@ -104,6 +104,7 @@ def of_critic(results: Path, critic: pd.Series) -> str:
     )
 
 
+OURS = "peer/sentiment_seed0"  # the default, on the models that the peer and the runs of `lora` and `reviews` have
 PEERS = {
     "sentiment_seed0": "this code",
     "trl_pretrained_our_settings_seed0": "TRL, settings of this code",
@@ -134,4 +135,41 @@ def peer(results: Path) -> str:
     )
 
 
-QUESTIONS = (peer, trials)
+LORA, SENTIMENT = ([f"pretrained/{name}_seed{seed}" for seed in range(3)] for name in ("trials/lora", "sentiment"))
+
+
+def lora(results: Path) -> str:
+    """On the models of peer/sentiment_seed0; the three seeds of full fine-tuning have models of another machine."""
+    groups = {
+        "LoRA of rank 8, 3 seeds": LORA,
+        "all weights, one seed on the same models": [OURS],
+        "all weights, 3 seeds on models made on another machine": [
+            f"pretrained/sentiment_seed{seed}" for seed in range(3)
+        ],
+    }
+    runs = {name: pd.DataFrame([evaluation_of(results / run) for run in some]) for name, some in groups.items()}
+    adapters, same, others = runs.values()
+    all_weights = pd.concat([same, others])
+    settings, of_all = (load(results / run / "config.json")["settings"] for run in (LORA[0], OURS))
+    return section(
+        "Is LoRA as good as training all weights?",
+        f"SmolLM2 on film reviews, {settings['episodes']:,} episodes, the default learning rates: "
+        f"{plots.short(settings['lr'])} with LoRA, {plots.short(of_all['lr'])} for all weights.",
+        table("trained", {name: gains(some) for name, some in runs.items()}),
+        claim(
+            adapters.judge.min() > others.judge.min() and adapters.kl.mean() < others.kl.mean() < same.kl.mean(),
+            f"It is: the judge finds {adapters.judge.min():.0%} to {adapters.judge.max():.0%} of the texts positive, "
+            f"at {adapters.kl.min():.1f} to {adapters.kl.max():.1f} nats.",
+        ),
+        claim(
+            abs(adapters.distinct.mean() - all_weights.distinct.mean()) < 0.05,
+            f"The texts repeat themselves as much: {adapters.distinct.min():.2f} to {adapters.distinct.max():.2f} of "
+            f"the reference's distinct pairs of words, with all weights {all_weights.distinct.min():.2f} to "
+            f"{all_weights.distinct.max():.2f}.",
+        ),
+        files(results, "finetuning_nlg.py ... --lora 8", "pretrained/trials")
+        + " The whole command is in the `config.json` of `lora_seed0` to `lora_seed2`.",
+    )
+
+
+QUESTIONS = (peer, lora, trials)
