@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.markdown import claim, files, lines, load, section, table
+from experiments.markdown import claim, figure, files, lines, load, section, table
 from experiments.report_pretrained import evaluation_of, evaluations, gains
 from rlhf import plots
 
@@ -172,4 +172,55 @@ def lora(results: Path) -> str:
     )
 
 
-QUESTIONS = (peer, lora, trials)
+PRAISE = "entertaining|remarkable|beautiful|heartwarming|inspiring"
+
+
+def reviews(results: Path) -> str:
+    """Runs around the default, on the models of OURS."""
+    rows = {
+        "the default": OURS,
+        "no KL penalty": "reviews/no_price_seed0",
+        "the judge's 250 answers": "reviews/answers_250_seed0",
+    }
+    runs = pd.DataFrame([evaluation_of(results / run) for run in rows.values()], index=list(rows))
+    default, free, taught = runs.itertuples()
+    learned = pd.read_csv(results / rows[taught.Index] / "reward_model.csv").iloc[-1]
+    pairs = pd.read_csv(results / rows[free.Index] / "pairs.csv", keep_default_na=False)
+    log = pd.read_csv(results / rows[free.Index] / "log.csv")
+    praise = pairs[["response_before", "response_after"]].apply(lambda texts: texts.str.contains(PRAISE).sum())
+    other = load(results / rows[taught.Index] / "evaluation_by_minilm.json")
+    return section(
+        "How do film reviews end without a KL penalty, or with 250 answers?",
+        "SmolLM2 on film reviews, one seed, the same models. The default's reward model is MiniLM, with 3,460 labels. "
+        f"In the last row the judge says of {learned.labels:.0f} texts of the reference whether they are good; SmolLM2 "
+        "learns from that, and is the reward model (`--reward human`).",
+        table("run", {name: gains(runs.loc[[name]]) for name in rows}),
+        claim(
+            taught.judge > 0.9 and taught.kl > default.kl + 1,
+            f"{learned.labels:.0f} answers are enough here: the judge that gave them finds {taught.judge:.0%} of the "
+            f"texts positive, and MiniLM, which has no part in that run, {other['gold']['ethical_after']:.0%} of "
+            f"{other['texts']} of them. In the [shipped "
+            "world](#how-many-answers-does-a-reward-model-need), where no word tells right from wrong, as many teach "
+            f"next to nothing. But the policy goes further, to {taught.kl:.1f} nats instead of {default.kl:.1f}.",
+        ),
+        claim(
+            free.kl > 2 * default.kl and free.distinct < default.distinct and free.judge >= default.judge,
+            f"Without a penalty the policy goes to {free.kl:.0f} nats, and the judge likes its texts as well "
+            f"({free.judge:.1%}), but {1 - free.distinct:.0%} of the distinct pairs of words are gone.",
+        ),
+        claim(
+            praise.response_after > praise.response_before + 8,
+            f"In {praise.response_after} of {len(pairs)} random texts (`pairs.csv`) something is *entertaining*, "
+            f"*remarkable*, *beautiful*, *heartwarming* or *inspiring*, before PPO in {praise.response_before}.",
+        ),
+        claim(
+            (log.gold_ethical > log.ethics).tail(10).all(),
+            "The judge's share stays above the reward model's mean to the end: a judge of the same kind of labels does "
+            "not see what a reader sees.",
+        ),
+        figure("reviews", "The reward model's mean and the judge's share against the KL, in both runs"),
+        files(results, "python -m experiments.study reviews --seeds 1", "reviews.csv", "reviews"),
+    )
+
+
+QUESTIONS = (peer, lora, reviews, trials)
