@@ -184,6 +184,7 @@ def reviews(results: Path) -> str:
     }
     runs = pd.DataFrame([evaluation_of(results / run) for run in rows.values()], index=list(rows))
     default, free, taught = runs.itertuples()
+    kl = pd.read_csv(results / "reviews.csv").set_index("variant").kl
     learned = pd.read_csv(results / rows[taught.Index] / "reward_model.csv").iloc[-1]
     pairs = pd.read_csv(results / rows[free.Index] / "pairs.csv", keep_default_na=False)
     log = pd.read_csv(results / rows[free.Index] / "log.csv")
@@ -201,11 +202,11 @@ def reviews(results: Path) -> str:
             f"texts positive, and MiniLM, which has no part in that run, {other['gold']['ethical_after']:.0%} of "
             f"{other['texts']} of them. In the [shipped "
             "world](#how-many-answers-does-a-reward-model-need), where no word tells right from wrong, as many teach "
-            f"next to nothing. But the policy goes further, to {taught.kl:.1f} nats instead of {default.kl:.1f}.",
+            f"next to nothing. But the policy goes further, to {kl['answers_250']:.1f} nats instead of {default.kl:.1f}.",
         ),
         claim(
             free.kl > 2 * default.kl and free.distinct < default.distinct and free.judge >= default.judge,
-            f"Without a penalty the policy goes to {free.kl:.0f} nats, and the judge likes its texts as well "
+            f"Without a penalty the policy goes to {kl['no_price']:.0f} nats, and the judge likes its texts as well "
             f"({free.judge:.1%}), but {1 - free.distinct:.0%} of the distinct pairs of words are gone.",
         ),
         claim(
