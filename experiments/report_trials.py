@@ -202,7 +202,8 @@ def reviews(results: Path) -> str:
             f"texts positive, and MiniLM, which has no part in that run, {other['gold']['ethical_after']:.0%} of "
             f"{other['texts']} of them. In the [shipped "
             "world](#how-many-answers-does-a-reward-model-need), where no word tells right from wrong, as many teach "
-            f"next to nothing. But the policy goes further, to {kl['answers_250']:.1f} nats instead of {default.kl:.1f}.",
+            "next to nothing. But the policy goes further, "
+            f"to {kl['answers_250']:.1f} nats instead of {default.kl:.1f}.",
         ),
         claim(
             free.kl > 2 * default.kl and free.distinct < default.distinct and free.judge >= default.judge,
