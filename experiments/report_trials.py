@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from experiments.grids import GRIDS
 from experiments.markdown import claim, figure, files, lines, load, section, table
 from experiments.report_pretrained import evaluation_of, evaluations, gains
 from rlhf import plots
@@ -221,7 +222,8 @@ def reviews(results: Path) -> str:
             "not see what a reader sees.",
         ),
         figure("reviews", "The reward model's mean and the judge's share against the KL, in both runs"),
-        files(results, "python -m experiments.study reviews --seeds 1", "reviews.csv", "reviews"),
+        files(results, "python -m experiments.study reviews --seeds 1", "reviews.csv", "reviews")
+        + f" The grid has {len(GRIDS['reviews'].variants)} settings; these two have been run.",
     )
 
 
