@@ -153,7 +153,7 @@ def save_rewards(results: Path) -> Path:
     return save(grid_figure(results), title, draw_said_and_true, groups)
 
 
-REVIEWS = {  # variant of the grid -> its name in figure and table
+REVIEWS = {  # variant of the grid -> its name in the figure
     "default": "3,460 labels, KL coefficient 0.1",
     "no_price": "3,460 labels, no KL penalty",
     "few_labels": "300 labels, KL coefficient 0.1",

@@ -73,7 +73,7 @@ def train_without_ppo(variant: str) -> list[str]:
 
 # pretrained models on film reviews; `make pretrained TASK=sentiment` first
 HOME = "models/pretrained/sentiment"
-REVIEWS = f"--policy {HOME}/nlg --data {HOME}/rows/queries --query-length 8 --response-length 32"
+ON_REVIEWS = f"--policy {HOME}/nlg --data {HOME}/rows/queries --query-length 8 --response-length 32"
 REVIEWS_EVALUATION = f"--queries 32 --samples 16 --batch-size 256 --gold {HOME}/judge"
 FEW_LABELS = "models/reviews/inputs/{run}/reward"
 ANSWERS = f"--reward human --annotator classifier:{HOME}/judge --feedback-file models/reviews/{{run}}.jsonl"
@@ -219,7 +219,7 @@ GRIDS = {
         },
         f"{REVIEWS_EVALUATION} --reference-samples 256",
         # the guard's copies of the weights would not fit twice
-        shared=f"{REVIEWS} --reward {HOME}/reward --no-kl-guard",
+        shared=f"{ON_REVIEWS} --reward {HOME}/reward --no-kl-guard",
     ),
     "reviews": Grid(
         5120,
@@ -231,7 +231,7 @@ GRIDS = {
         }
         | {f"answers_{labels}": f"{ANSWERS} --labels {labels}" for labels in (60, 250, 1000)},
         f"{REVIEWS_EVALUATION} --reference-samples 64",  # about the judge, not about the optimum of every reward
-        shared=f"{REVIEWS} --gold {HOME}/judge --no-kl-guard",
+        shared=f"{ON_REVIEWS} --gold {HOME}/judge --no-kl-guard",
         setup=train_reviewer,
     ),
     "labels": Grid(

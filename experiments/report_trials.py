@@ -163,6 +163,11 @@ def lora(results: Path) -> str:
             f"at {adapters.kl.min():.1f} to {adapters.kl.max():.1f} nats.",
         ),
         claim(
+            same.judge.item() > adapters.judge.max(),
+            f"The one run with all weights on the same models ends higher, at {same.judge.item():.0%} and "
+            f"{same.kl.item():.1f} nats.",
+        ),
+        claim(
             abs(adapters.distinct.mean() - all_weights.distinct.mean()) < 0.05,
             f"The texts repeat themselves as much: {adapters.distinct.min():.2f} to {adapters.distinct.max():.2f} of "
             f"the reference's distinct pairs of words, with all weights {all_weights.distinct.min():.2f} to "
@@ -201,9 +206,9 @@ def reviews(results: Path) -> str:
             taught.judge > 0.9 and taught.kl > default.kl + 1,
             f"{learned.labels:.0f} answers are enough here: the judge that gave them finds {taught.judge:.0%} of the "
             f"texts positive, and MiniLM, which has no part in that run, {other['gold']['ethical_after']:.0%} of "
-            f"{other['texts']} of them. In the [shipped "
-            "world](#how-many-answers-does-a-reward-model-need), where no word tells right from wrong, as many teach "
-            "next to nothing. But the policy goes further, "
+            f"{other['texts']} of them. In the [shipped world](#how-many-answers-does-a-reward-model-need), with a "
+            "small model from scratch and the best of four texts as an answer, as many teach next to nothing: no word "
+            "there tells right from wrong. But the policy goes further, "
             f"to {kl['answers_250']:.1f} nats instead of {default.kl:.1f}.",
         ),
         claim(
