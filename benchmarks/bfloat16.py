@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import cases, speed
-from rlhf import policy, runtime
+from rlhf import forward, policy, runtime, vocabulary
 
 ROWS, QUERY_LENGTH, RESPONSE_LENGTH = 32, 8, 20  # a minibatch of the pretrained case
 TEMPERATURE = cases.TEMPERATURE
@@ -67,17 +67,17 @@ def time_passes(policy_with_value: policy.PolicyWithValue, ids: torch.Tensor) ->
     layers = [layer for layer in model.base_model.modules() if isinstance(layer, torch.nn.Linear)]
     inputs = [torch.randn(ids.numel(), layer.in_features).to(layer.weight.dtype) for layer in layers]
 
-    def forward() -> torch.Tensor:
-        return policy.hidden_states(model, ids, mask, predicting)
+    def states_of() -> torch.Tensor:
+        return forward.hidden_states(model, ids, mask, predicting)
 
     with torch.no_grad():
         seconds["linear layers alone"], _ = timed(lambda: [f(x) for f, x in zip(layers, inputs, strict=True)])
-        seconds["forward, no gradient"], states = timed(forward)
-        head = policy.head_of(model, TEMPERATURE)
+        seconds["forward, no gradient"], states = timed(states_of)
+        head = vocabulary.head_of(model, TEMPERATURE)
         seconds["vocabulary projection alone"], _ = timed(lambda: head.logits(states))
         arguments = model, states, model, states, response_ids, TEMPERATURE
-        seconds["vocabulary, no gradient"], _ = timed(lambda: policy.token_statistics(*arguments))
-    seconds["forward"], states = timed(forward)
+        seconds["vocabulary, no gradient"], _ = timed(lambda: vocabulary.token_statistics(*arguments))
+    seconds["forward"], states = timed(states_of)
     gradient = torch.randn_like(states)
     seconds["backward"], _ = timed(lambda: states.backward(gradient))
     policy_with_value.zero_grad()

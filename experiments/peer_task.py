@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rlhf import data, evaluation, frontier, models, prompting, querying, rewards, runtime
 from rlhf.errors import UserError
-from rlhf.policy import PolicyWithValue, position_ids
+from rlhf.forward import position_ids
+from rlhf.policy import PolicyWithValue
 from rlhf.sampling import Sampling, real_tokens, sample
 
 VALIDATION_QUERIES = 512

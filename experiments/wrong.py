@@ -17,7 +17,7 @@ from torch import nn
 
 import finetuning_nlg
 import ppo
-from rlhf import cli, optim, policy, rewards, rollout, sampling
+from rlhf import cli, forward, optim, policy, rewards, rollout, sampling
 from rlhf.errors import UserError
 
 
@@ -53,7 +53,7 @@ def positions() -> None:
     def padded_position_ids(mask: torch.Tensor) -> torch.Tensor:
         return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
 
-    sampling.position_ids = policy.position_ids = padded_position_ids
+    sampling.position_ids = forward.position_ids = padded_position_ids
 
 
 def value_head() -> None:

@@ -1,6 +1,6 @@
 """A faster forward pass of GPT-2 and Llama: on real tokens only, in the last layer on those whose states are needed.
 
-policy.py chooses it where `is_supported`; every other model goes through transformers.
+forward.py chooses it where `is_supported`; every other model goes through transformers.
 
 Shapes: B sequences, T tokens with padding, M real tokens of all sequences, one after the other, N those of them whose
 states are needed, H hidden size, D width of a head. Masks are 1 on real tokens and 0 on padding.
@@ -118,10 +118,15 @@ def rms_norm(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 def is_supported(body) -> bool:
     """Whether this is a plain GPT-2 or Llama without dropout at work."""
     kind, config = body_class(body), body.config
-    if body.training or kind not in (GPT2Model, LlamaModel):
+    if kind not in (GPT2Model, LlamaModel) or (body.training and _has_dropout(body)):
         return False
     unusual = "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"
     return kind is LlamaModel or (config.scale_attn_weights and not any(getattr(config, name) for name in unusual))
+
+
+def _has_dropout(body) -> bool:
+    layers = (layer for layer in body.modules() if isinstance(layer, nn.Dropout))
+    return any(layer.p for layer in layers) or bool(getattr(body.config, "attention_dropout", 0))
 
 
 def _pieces(body: GPT2Model | LlamaModel) -> GPT2 | Llama:

@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
-from rlhf import activations, fast_path, lora, policy, precision
+from rlhf import activations, fast_path, lora, precision, vocabulary
 from rlhf.muon import inner_matrices
-from rlhf.policy import PolicyWithValue, logprobs_and_kl
+from rlhf.policy import PolicyWithValue
+from rlhf.vocabulary import logprobs_and_kl
 
 GIB, FLOAT, HALF = 2**30, 4, 2  # bytes
 LABELS = ("weights", "gradients", "optimizer", "rollout", "activations", "peak")
@@ -189,8 +190,8 @@ def _forward_batch(trained: PolicyWithValue, reference, settings: Settings) -> t
     head = bodies[0].get_output_embeddings().weight
     of_head = FLOAT * head.numel() if trained.model.get_output_embeddings().weight.requires_grad else 0
     logits = FLOAT * real * len(head)
-    chunk = min(policy.CHUNK_BYTES[settings.on.type], logits)
-    waiting = min(policy.KEPT_BYTES, 2 * logits) if of_head else 0  # as in HeadGradient, and joined
+    chunk = min(vocabulary.CHUNK_BYTES[settings.on.type], logits)
+    waiting = min(vocabulary.KEPT_BYTES, 2 * logits) if of_head else 0  # as in HeadGradient, and joined
     recomputed = of_one_layer if settings.activation_checkpointing else 0
     return of_layers, of_vocabulary, max(2 * chunk + waiting, of_one_layer + recomputed), of_head
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from rlhf import distributed, models, precision, prompting
 from rlhf.errors import UserError
-from rlhf.policy import hidden_states
+from rlhf.forward import classifier_logits
 
 SMALLEST_STD = 1e-6  # of raw scores on the reference's samples
 WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(.+)")
@@ -293,19 +293,6 @@ def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: in
                 calibration = head_calibration(model)
                 scores[rows] = (logits[:, 0].cpu().numpy() - calibration["reward_mean"]) / calibration["reward_std"]
     return scores
-
-
-def classifier_logits(model, encoded) -> Tensor:
-    """A classifier's logits [B, classes] for texts [B, T]. Of GPT-2 only the last token's state meets the head."""
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    last = ((ids != model.config.pad_token_id) * columns).argmax(1, keepdim=True)
-    is_gpt2 = isinstance(model, GPT2ForSequenceClassification) and not model.training
-    if not is_gpt2 or len(encoded) > 2 or not mask.gather(1, last).all():
-        return model(**encoded).logits
-    places = torch.arange(len(ids), device=ids.device) * ids.shape[1] + last.squeeze(1)
-    states = hidden_states(model, ids, mask, places, positions=columns.expand_as(ids))
-    return model.score(states)
 
 
 def calibrate_head(model, tokenizer, texts: list[str]) -> None:

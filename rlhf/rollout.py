@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from rlhf import distributed, fast_path
-from rlhf.policy import PolicyWithValue, hidden_states, log_totals, logprobs_and_kl, token_statistics
+from rlhf.forward import hidden_states
+from rlhf.policy import PolicyWithValue
 from rlhf.precision import is_bfloat16
 from rlhf.sampling import Sampling, real_tokens, sample
+from rlhf.vocabulary import log_totals, logprobs_and_kl, token_statistics
 
 ON_CPU = ("lengths", "prefixes")
 NOT_PER_TOKEN = ("query_ids", "query_mask", "terminated", "ref_query_states", "ref_query_log_totals")

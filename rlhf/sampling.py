@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from rlhf.policy import next_hidden_states, position_ids, token_logits
+from rlhf.forward import next_hidden_states, position_ids
+from rlhf.vocabulary import token_logits
 
 LOOK_EVERY = 4  # tokens between two looks at which rows have ended, each of which makes the host wait for a GPU
 

@@ -18,10 +18,11 @@ from torch.nn.functional import cross_entropy
 from rlhf import activations, distributed, lora, precision, recipes, runtime
 from rlhf.checkpoint import Checkpoints, RandomState
 from rlhf.errors import UserError
+from rlhf.forward import classifier_logits, hidden_states
 from rlhf.lora import TrainedWeights
 from rlhf.optim import Optimizer, supervised_optimizer
-from rlhf.policy import token_logits
 from rlhf.recipes import Recipe
+from rlhf.vocabulary import token_logprobs
 
 LEARNED = 0.05  # nats: the loss below which a row counts as learned
 WARMUP = 0.05  # the fraction of the steps over which the learning rate rises
@@ -81,11 +82,11 @@ def lm_loss(
     """
     target_mask = (mask if target_mask is None else target_mask)[:, 1:]
     is_target = target_mask.bool()
-    states = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-    logits = token_logits(model, states[is_target], temperature)
-    losses = cross_entropy(logits, ids[:, 1:][is_target], reduction="none")
-    by_position = torch.zeros(is_target.shape, device=ids.device).masked_scatter(is_target, losses)
-    return by_position.sum(1), target_mask.sum(1)
+    rows, columns = is_target.nonzero(as_tuple=True)  # of the tokens before the targets
+    states = hidden_states(model, ids, mask, rows * ids.shape[1] + columns)
+    logprobs = token_logprobs(model, states, ids[:, 1:][is_target], temperature)
+    by_position = torch.zeros(is_target.shape, device=ids.device).masked_scatter(is_target, logprobs)
+    return -by_position.sum(1), target_mask.sum(1)
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def choice_loss(
     is 0, whatever the smoothing.
     """
     ids, mask = pad([text for row in rows for text in row], pad_id, chosen.device)
-    logits = model(input_ids=ids, attention_mask=mask).logits.float().view(len(rows), -1)
+    logits = classifier_logits(model, {"input_ids": ids, "attention_mask": mask}).float().view(len(rows), -1)
     options = logits.shape[1]
     smoothed = torch.full((options,), label_smoothing / options)
     smoothed[0] += 1 - label_smoothing

@@ -7,10 +7,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config
 
-from rlhf import activations, lora, policy, supervised
+from rlhf import activations, lora, supervised, vocabulary
 from rlhf.errors import UserError
-from rlhf.policy import HeadGradient, PolicyWithValue, hidden_states, logprobs_and_kl
+from rlhf.forward import hidden_states
+from rlhf.policy import PolicyWithValue
 from rlhf.sampling import sample
+from rlhf.vocabulary import HeadGradient, logprobs_and_kl, token_logprobs
 from tests import tiny
 from tests.conftest import TINY_RUN, run
 
@@ -134,7 +136,7 @@ def test_runs_end_alike(chain):
 VOCABULARY, TOKENS = 300, 40
 
 
-def vocabulary_case(dtype=torch.float32, frozen_head=False):
+def vocabulary_case(dtype=torch.float32, frozen_head=False, with_kl=True):
     """The log-probabilities' and KL's gradients of a model, as a function."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=VOCABULARY, n_layer=1, n_embd=16, n_head=2, n_positions=8, initializer_range=0.3)
@@ -149,6 +151,8 @@ def vocabulary_case(dtype=torch.float32, frozen_head=False):
     weights = torch.randn(2, TOKENS)
 
     def loss(x):
+        if not with_kl:
+            return (weights[0] * token_logprobs(computing, x, ids, 0.7)).sum()
         logprobs, kl = logprobs_and_kl(computing, x, reference, ref_states, totals, ids, 0.7)
         return (weights[0] * logprobs + weights[1] * kl).sum()
 
@@ -164,16 +168,16 @@ def vocabulary_case(dtype=torch.float32, frozen_head=False):
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("frozen_head", [False, True])
-@pytest.mark.parametrize("kept_rows", [0, 7, 15])
+@pytest.mark.parametrize("with_kl, kept_rows", [(True, 0), (True, 7), (True, 15), (False, 0)])
 def test_gradients_are_the_same_when_nothing_of_the_vocabularys_size_is_kept(
-    monkeypatch, dtype, frozen_head, kept_rows
+    monkeypatch, dtype, frozen_head, with_kl, kept_rows
 ):
-    monkeypatch.setitem(policy.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 3)  # three rows at a time
-    loss, gradients, states = vocabulary_case(dtype, frozen_head)
+    monkeypatch.setitem(vocabulary.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 3)  # three rows at a time
+    loss, gradients, states = vocabulary_case(dtype, frozen_head, with_kl)
     before = gradients()
     of_vocabulary = 4 * VOCABULARY * TOKENS
     assert saved_bytes(lambda: loss(states.clone().requires_grad_())) > of_vocabulary / 2
-    monkeypatch.setattr(policy, "KEPT_BYTES", 8 * VOCABULARY * kept_rows)
+    monkeypatch.setattr(vocabulary, "KEPT_BYTES", 8 * VOCABULARY * kept_rows)
     assert saved_bytes(lambda: loss(states.clone().requires_grad_())) < of_vocabulary / 2
     after = gradients()
     assert [x is None for x in before] == [False, frozen_head, frozen_head]
@@ -185,11 +189,11 @@ def test_gradients_are_the_same_when_nothing_of_the_vocabularys_size_is_kept(
 
 def test_a_small_vocabulary_is_kept():
     """The default model's forward batch: 64 responses of 40 tokens, a vocabulary of 4,096."""
-    assert policy.KEPT_BYTES / 2 > 2 * 64 * 40 * 4096 * 4
+    assert vocabulary.KEPT_BYTES / 2 > 2 * 64 * 40 * 4096 * 4
 
 
 def test_the_gradient_of_a_layer_is_a_sum_over_chunks(monkeypatch):
-    monkeypatch.setattr(policy, "KEPT_BYTES", 2 * 4 * 5 * 4)  # four rows of five wait
+    monkeypatch.setattr(vocabulary, "KEPT_BYTES", 2 * 4 * 5 * 4)  # four rows of five wait
     torch.manual_seed(0)
     states, gradient = torch.randn(10, 3), torch.randn(10, 5)
     of_head = HeadGradient(states, torch.float32, True, True)

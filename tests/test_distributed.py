@@ -138,7 +138,10 @@ def test_a_process_without_rows_of_a_minibatch_waits_for_the_others(tiny_model, 
 
 
 def test_a_process_without_texts_of_a_batch_waits_for_the_others(tiny_model, tmp_path):
-    """Three texts in batches of two: of the second batch one process has none."""
+    """Three texts in batches of two: of the second batch one process has none.
+
+    The learning rate is low, because AdamW steps as far for a gradient that is only rounding.
+    """
     rows = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 
     def fit():
@@ -148,7 +151,7 @@ def test_a_process_without_texts_of_a_batch_waits_for_the_others(tiny_model, tmp
             [len(row) for row in rows],
             lambda batch: supervised.lm_loss(model, *supervised.pad([rows[i] for i in batch], 0, device)),
             lambda: {"loss": 0.0},
-            supervised.FitSettings(epochs=2, batch_size=2, lr=1e-2, muon=False, seed=0),
+            supervised.FitSettings(epochs=2, batch_size=2, lr=1e-3, muon=False, seed=0),
             stage="texts",
             device=device,
         )

@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+)
 
-from rlhf import fast_path, policy, rewards, supervised
+from rlhf import fast_path, forward, supervised
 from rlhf.sampling import Sampling, sample
 
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 50, "n_positions": 32}
@@ -26,7 +33,7 @@ def test_states_and_gradients_are_those_of_transformers(monkeypatch):
 
     def found() -> list[torch.Tensor]:
         model.zero_grad()
-        states = policy.hidden_states(model, ids, mask, places)
+        states = forward.hidden_states(model, ids, mask, places)
         states.pow(3).sum().backward()
         body = list(model.base_model.parameters())
         return [states, *(parameter.grad for parameter in body if parameter.grad is not None)]
@@ -44,7 +51,7 @@ def test_every_layer_but_the_last_sees_real_tokens_only_and_the_last_those_that_
     for block in model.h:
         block.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     mask = mask_of("0111", "1100")
-    fast_path.hidden_states(model, torch.randint(50, (2, 4)), mask, policy.position_ids(mask), torch.tensor([2, 5]))
+    fast_path.hidden_states(model, torch.randint(50, (2, 4)), mask, forward.position_ids(mask), torch.tensor([2, 5]))
     assert seen == [5, 5, 2]
 
 
@@ -58,6 +65,11 @@ def test_an_unusual_gpt2_goes_the_plain_way(changes):
 def test_dropout_at_work_goes_the_plain_way():
     body = model_of(GPT2Model)
     assert fast_path.is_supported(body) and not fast_path.is_supported(body.train())
+    without = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    assert fast_path.is_supported(model_of(GPT2Model, **without).train())
+    for rate in (0.0, 0.1):
+        config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, attention_dropout=rate)
+        assert fast_path.is_supported(LlamaModel(config).train()) == (rate == 0)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -69,21 +81,21 @@ def test_a_classifier_says_what_transformers_says(side):
     if side == "left":
         ids, mask = ids.flip(1), mask.flip(1)
     encoded = {"input_ids": ids, "attention_mask": mask}
-    torch.testing.assert_close(rewards.classifier_logits(model, encoded), model(**encoded).logits)
+    torch.testing.assert_close(forward.classifier_logits(model, encoded), model(**encoded).logits)
 
 
 def test_a_classifier_whose_padding_is_its_end_of_text_reads_the_token_before_it():
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(GPT2Config(**SMALL, pad_token_id=9)).eval()
     encoded = {"input_ids": torch.tensor([[1, 2, 9, 9], [3, 9, 9, 9]]), "attention_mask": mask_of("1110", "1100")}
-    torch.testing.assert_close(rewards.classifier_logits(model, encoded), model(**encoded).logits)
+    torch.testing.assert_close(forward.classifier_logits(model, encoded), model(**encoded).logits)
 
 
 def test_a_text_without_tokens_goes_the_plain_way():
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(GPT2Config(**SMALL, pad_token_id=9)).eval()
     encoded = {"input_ids": torch.tensor([[1, 2], [9, 9]]), "attention_mask": mask_of("11", "00")}
-    assert rewards.classifier_logits(model, encoded).shape == (2, 2)
+    assert forward.classifier_logits(model, encoded).shape == (2, 2)
 
 
 def test_a_sample_is_that_of_transformers(monkeypatch):

@@ -15,8 +15,9 @@ SCRIPTS = sorted(IN_THE_ROOT - {"ppo.py"})
 LAYERS = [  # a module imports from the layers before its own only
     "errors distributed precision muon frontier model_card environment recipes",
     "lora activations",
-    "runtime cli checkpoint fast_path plots",
-    "policy data guard querying",
+    "runtime cli checkpoint fast_path vocabulary plots",
+    "forward data guard querying",
+    "policy",
     "sampling optim chat memory",
     "models rollout supervised",
     "prompting",

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import ppo
 from rlhf import fast_path, lora, models, optim, precision, recipes
 from rlhf.errors import UserError
-from rlhf.policy import PolicyWithValue, hidden_states
+from rlhf.forward import hidden_states
+from rlhf.policy import PolicyWithValue
 from tests import tiny
 from tests.conftest import TINY_RUN, refused, run
 from tests.test_distributed import assert_alike, in_two_processes, learn

@@ -18,7 +18,7 @@ import evaluate_nlg
 from experiments import peer_task
 from rlhf import models, rewards
 from rlhf.errors import UserError
-from rlhf.policy import position_ids
+from rlhf.forward import position_ids
 from tests import tiny
 from tests.conftest import refused, run
 

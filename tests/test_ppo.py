@@ -10,7 +10,8 @@ from torch import tensor
 
 import ppo
 from rlhf import optim
-from rlhf.policy import PolicyWithValue, hidden_states
+from rlhf.forward import hidden_states
+from rlhf.policy import PolicyWithValue
 from rlhf.rollout import collect as collect_responses
 from rlhf.rollout import evaluate, shuffled_minibatches
 from rlhf.sampling import Sampling

@@ -17,10 +17,11 @@ from transformers import (
 )
 
 import ppo
-from rlhf import optim, precision, rewards
-from rlhf.policy import PolicyWithValue, logprobs_and_kl, token_logits, token_statistics
+from rlhf import forward, optim, precision
+from rlhf.policy import PolicyWithValue
 from rlhf.rollout import collect, shuffled_minibatches
 from rlhf.sampling import Sampling
+from rlhf.vocabulary import logprobs_and_kl, token_logits, token_statistics
 from tests.conftest import TINY_RUN, run
 from tests.tiny import SETTINGS
 
@@ -201,8 +202,8 @@ def test_a_classifier_tells_texts_apart(device, kind):
     ids = torch.randint(1, 60, (128, 6), device=device)
     encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        exact = rewards.classifier_logits(model, encoded)
-        low = rewards.classifier_logits(precision.freeze(model, LOW), encoded)
+        exact = forward.classifier_logits(model, encoded)
+        low = forward.classifier_logits(precision.freeze(model, LOW), encoded)
     assert low.dtype == torch.float32 and len((low[:, 1] - low[:, 0]).unique()) > 120
     torch.testing.assert_close(low, exact, atol=0.05, rtol=0)
 

@@ -8,8 +8,9 @@ import torch
 from torch import tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from rlhf.policy import PolicyWithValue, token_logits
+from rlhf.policy import PolicyWithValue
 from rlhf.rollout import Responses, Rollout, evaluate, forward_batches, shuffled_minibatches
+from rlhf.vocabulary import token_logits
 from tests.tiny import QUERIES, QUERY_MASK, collect, generator
 
 

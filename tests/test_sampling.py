@@ -6,8 +6,9 @@ from torch import tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf import sampling as sampling_module
-from rlhf.policy import hidden_states, token_statistics
+from rlhf.forward import hidden_states
 from rlhf.sampling import draw, real_tokens, sample, sample_many
+from rlhf.vocabulary import token_statistics
 from tests.tiny import ARCHITECTURES, QUERIES, QUERY_MASK, STOP, generator, sampling
 
 EVERY_ARCHITECTURE = pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: config.model_type)

@@ -7,11 +7,18 @@ import signal
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from transformers import BertConfig, BertModel, GPT2LMHeadModel
+from torch import nn, tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    GPT2LMHeadModel,
+)
 
 from rlhf import checkpoint, models, supervised
 from rlhf.errors import Stopped
+from tests import tiny
 
 CPU = torch.device("cpu")
 
@@ -36,6 +43,63 @@ def test_an_encoded_text_ends_once_unless_it_is_cut():
     assert with_end == [[*without[0], end]] and len(without[0]) == 3
     assert supervised.encode(tokenizer, ["a b<|endoftext|>"], 4, end_of_text=True)[0].count(end) == 1
     assert supervised.encode(tokenizer, ["a b c"], 2, end_of_text=True) == [without[0][:2]]
+
+
+# losses
+
+
+def assert_same_training(config, kind, ours, theirs):
+    """Two losses of a model in training mode, and all their gradients, are the same."""
+    found = []
+    for loss_of in (ours, theirs):
+        torch.manual_seed(0)
+        model = kind.from_config(copy.deepcopy(config)).train()
+        loss = loss_of(model)
+        loss.backward()
+        found.append([loss.detach(), *(weight.grad for weight in model.parameters())])
+    assert found[0][1].abs().sum() > 0
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+IDS, MASK = tensor([[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]), tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+@pytest.mark.parametrize("config", tiny.ARCHITECTURES, ids=lambda config: config.model_type)
+def test_a_model_learns_texts_as_with_transformers_own_loss(config):
+    def ours(model):
+        losses, counts = supervised.lm_loss(model, IDS, MASK)
+        assert counts.tolist() == [4, 1]
+        return losses.sum() / counts.sum()
+
+    def theirs(model):
+        return model(input_ids=IDS, attention_mask=MASK, labels=IDS.where(MASK.bool(), -100)).loss
+
+    config = copy.deepcopy(config)
+    config.update(WITHOUT_DROPOUT)
+    assert_same_training(config, AutoModelForCausalLM, ours, theirs)
+
+
+@pytest.mark.parametrize("config", tiny.ARCHITECTURES, ids=lambda config: config.model_type)
+def test_a_classifier_learns_labels_as_with_transformers_own_loss(config):
+    labels = tensor([1, 0])
+
+    def ours(model):
+        return supervised.choice_loss(model, [[[1, 2, 3, 4, 5]], [[6, 7]]], labels, pad_id=0)[0].mean()
+
+    def theirs(model):
+        return model(input_ids=IDS, attention_mask=MASK, labels=labels).loss
+
+    config = copy.deepcopy(config)
+    config.update(WITHOUT_DROPOUT | {"pad_token_id": 0, "num_labels": 2})
+    assert_same_training(config, AutoModelForSequenceClassification, ours, theirs)
+
+
+def test_a_text_of_one_token_has_nothing_to_learn(tiny_model):
+    losses, counts = supervised.lm_loss(tiny_model, *supervised.pad([[1], [2]], 0, CPU))
+    losses.sum().backward()
+    assert losses.tolist() == [0, 0] and counts.tolist() == [0, 0]
 
 
 # batches

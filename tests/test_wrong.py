@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import finetuning_nlg
 import ppo
 from experiments import grids, wrong
-from rlhf import optim, policy, rewards, rollout, sampling
+from rlhf import forward, optim, policy, rewards, rollout, sampling
 from tests import tiny
 from tests.conftest import TINY_RUN, refused, run
 
@@ -19,7 +19,7 @@ PATCHED = [
     (finetuning_nlg, "parse_args"),
     (policy.PolicyWithValue, "__init__"),
     (policy.PolicyWithValue, "eval"),
-    (policy, "position_ids"),
+    (forward, "position_ids"),
     (sampling, "position_ids"),
     (rollout, "token_statistics"),
     (rollout, "logprobs_and_kl"),
@@ -81,7 +81,7 @@ def test_temperature():
 
 def test_positions():
     wrong.positions()
-    assert sampling.position_ids(MASK).tolist() == policy.position_ids(MASK).tolist() == [[0, 1, 2]]
+    assert sampling.position_ids(MASK).tolist() == forward.position_ids(MASK).tolist() == [[0, 1, 2]]
 
 
 def test_value_head():

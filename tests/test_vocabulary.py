@@ -6,14 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from rlhf.policy import CHUNK_BYTES, hidden_states, logprobs_and_kl, position_ids, token_logits, token_statistics
-
-
-def test_positions_count_real_tokens():
-    assert position_ids(tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])).tolist() == [
-        [0, 0, 0, 1, 2],
-        [0, 1, 2, 2, 2],
-    ]
+from rlhf.vocabulary import CHUNK_BYTES, logprobs_and_kl, token_logprobs, token_statistics
 
 
 class Table(torch.nn.Module):
@@ -74,15 +67,12 @@ def test_what_is_said_and_its_gradients_are_those_of_autograd_in_chunks_of_any_s
     of = states, policy.layer.weight, policy.layer.bias
     logprobs, kl = logprobs_and_kl(policy, states, reference, ref_states, found.ref_log_totals, ids, 0.7)
     assert torch.equal(logprobs, found.logprobs) and torch.equal(kl, found.exact_kl)
-    ours = torch.autograd.grad((weights[0] * logprobs + weights[1] * kl).sum(), of)
-    theirs = torch.autograd.grad((weights[0] * expected[0] + weights[1] * expected[2]).sum(), of)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_left_padding_changes_no_log_probability(tiny_model):
-    alone = hidden_states(tiny_model, tensor([[1, 2, 3, 4, 5]]), torch.ones(1, 5).long(), tensor([1, 2, 3]))
-    padded_mask = tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-    padded = hidden_states(tiny_model, tensor([[7, 7, 7, 1, 2, 3, 4, 5]]), padded_mask, tensor([4, 5, 6]))
-    padded, alone = (token_logits(tiny_model, x, 0.7).log_softmax(-1) for x in (padded, alone))
-    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
+    alone = token_logprobs(policy, states, ids, 0.7)
+    assert torch.equal(alone, logprobs)
+    for ours, theirs in [
+        (weights[0] * logprobs + weights[1] * kl, weights[0] * expected[0] + weights[1] * expected[2]),
+        (weights[0] * alone, weights[0] * expected[0]),
+    ]:
+        gradients = (torch.autograd.grad(x.sum(), of, retain_graph=True) for x in (ours, theirs))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
