@@ -49,7 +49,7 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         length = self.keys.shape[2]
-        self.whole = [whole[indices] for whole in self.whole]
+        self.whole = [whole.index_select(0, indices) for whole in self.whole]
         self.keys, self.values = (whole[:, :, :length] for whole in self.whole)
 
 
@@ -131,21 +131,26 @@ def sample_many(model, query_ids: Tensor, count: int, sampling: Sampling, genera
     prefix_of = torch.zeros(count, dtype=torch.long, device=device)
     running = torch.arange(count, device=device)  # the responses that have not stopped
     out = model.base_model(input_ids=query_ids, use_cache=True)
+    make_room(out.past_key_values, length)
+    cache, state = out.past_key_values, out.last_hidden_state[:, -1]
     for step in range(length):
-        logits = token_logits(model, out.last_hidden_state[:, -1], sampling.temperature)
+        logits = token_logits(model, state, sampling.temperature)
         cumulative = logits.softmax(-1).cumsum(-1)
-        tokens = invert(cumulative[prefix_of[running]], uniform[running, step])
+        tokens = invert(cumulative.index_select(0, prefix_of[running]), uniform[running, step])
         responses[running, step] = tokens
-        pairs = torch.stack([prefix_of[running], tokens], 1)
-        prefixes, prefix_of[running] = pairs.unique(dim=0, return_inverse=True)
-        alive = (prefixes[:, 1] != stop_id) | (step < sampling.stop_after)
+        longer = prefix_of[running] * logits.shape[1] + tokens  # a number for every pair of them
+        longer, prefix_of[running] = longer.unique(return_inverse=True)
+        prefixes, tokens = longer // logits.shape[1], longer % logits.shape[1]
+        alive = (tokens != stop_id) | (step < sampling.stop_after)
         running = running[alive[prefix_of[running]]]
         if step + 1 == length or not len(running):
             break
         prefix_of[running] = (alive.cumsum(0) - 1)[prefix_of[running]]
-        cache = out.past_key_values
-        cache.batch_select_indices(prefixes[alive, 0])
-        out = model.base_model(input_ids=prefixes[alive, 1:], past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(prefixes[alive])
+        tokens = tokens[alive]
+        positions = torch.full_like(tokens, query_ids.shape[1] + step)
+        mask = torch.ones(len(tokens), query_ids.shape[1] + step + 1, device=device, dtype=torch.long)
+        state = next_hidden_states(model, tokens, mask, False, positions, cache)
     return responses[:, : step + 1]
 
 
