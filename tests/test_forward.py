@@ -1,4 +1,4 @@
-"""The forward passes: padding changes nothing, and the fast path nothing either."""
+"""What the forward passes see of a sequence: padding on the left changes nothing."""
 
 import torch
 from torch import tensor
