@@ -40,7 +40,7 @@ from rlhf import (
     task,
 )
 from rlhf.errors import UserError
-from rlhf.human import feedback
+from rlhf.human import feedback, flags
 from rlhf.policy import PolicyWithValue
 from rlhf.rollout import collect, shuffled_minibatches
 from rlhf.run_log import REWARD_MODEL, RunLog, append
@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_chat_flags(parser.add_argument_group("chat models"))
     cli.add_rollout_flags(parser.add_argument_group("rollout"))
     cli.add_reward_flags(parser.add_argument_group("reward"))
-    cli.add_human_flags(parser.add_argument_group("feedback from people (--reward human)"))
+    of_people = flags.add_flags(parser)
     cli.add_kl_flags(parser.add_argument_group("KL penalty"))
     cli.add_ppo_flags(parser.add_argument_group("PPO"))
     cli.add_evaluation_flags(parser.add_argument_group("evaluation"))
@@ -79,15 +79,15 @@ def parse_args() -> argparse.Namespace:
     )
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
+    args.reward = args.reward or [cli.DEFAULT_REWARD]
+    asks_people = rewards.includes_people(args.reward)
+    if not asks_people:
+        flags.refuse_without_people(args, of_people)
     cli.fill(args)
     recipes.fill(args, recipes.with_lora(recipes.PPO, args.lora) | recipes.PEOPLE, args.policy)
     cli.check_lora(args, args.policy, "--policy")
     cli.check_ppo_flags(args)
-    args.reward = args.reward or [cli.DEFAULT_REWARD]
     outputs.refuse_to_replace(args.out, args.policy, args.reward, args.gold)
-    asks_people = rewards.includes_people(args.reward)
-    if (args.annotator or args.page) and not asks_people:
-        raise UserError("--annotator and --page are for --reward human: give it, too, or leave them out")
     if args.reward_sees == prompting.REPLY and asks_people:
         raise UserError("--reward human: people judge a reply to its prompt; take --reward-sees both")
     args.run = args.run or f"K{args.ppo_epochs}_lr_{plots.short(args.lr)}_seed{args.seed}"

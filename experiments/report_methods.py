@@ -19,7 +19,7 @@ IN_README = {  # title of a row -> folder of run folders, and which of these
         "reward_weighted_beta_0.2_seed*",
     ),
     "TRL's RLOO, 3 seeds": ("peers", "rloo_*_seed*"),
-    "TRL's GRPO, beta 0.15, 2 seeds": ("peers", "grpo_*_beta_0.15_seed*"),
+    "TRL's GRPO, beta 0.15, 3 seeds": ("peers", "grpo_*_beta_0.15_seed*"),
     "TRL's DPO, 3 seeds": ("peers", "dpo_*_seed*"),
 }
 

@@ -4,7 +4,6 @@ import argparse
 import errno
 import functools
 import math
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -298,21 +297,6 @@ def add_evaluation_flags(group: argparse._ArgumentGroup) -> None:
     add_gold_flag(group)
 
 
-def add_human_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--feedback", type=feedback_kind, default="good-bad", metavar="KIND", help="good-bad, or best-of-N, N up to 9"
-    )
-    group.add_argument("--labels", type=SAMPLE_COUNT, default=250, help="answers in all")
-    group.add_argument("--label-rounds", type=COUNT, default=1, help="times that people are asked, of the policy then")
-    group.add_argument("--feedback-file", default="data_cls/feedback.jsonl", help="file of all answers")
-    group.add_argument("--page", action="store_true", help="ask on a browser page of this machine, not at the terminal")
-    group.add_argument("--annotator", help="answers in a person's place: gold, classifier:FOLDER, or FILE.py:FUNCTION")
-    group.add_argument("--annotator-noise", type=FRACTION, default=0.0, help="fraction of its answers that are random")
-    group.add_argument("--reward-epochs", type=COUNT, default=8, help="passes over the answers in every round")
-    lr_help = recipes.described(recipes.PEOPLE, "reward_lr", "peak learning rate of these passes")
-    group.add_argument("--reward-lr", type=POSITIVE, help=lr_help)
-
-
 def check_ppo_flags(args: argparse.Namespace) -> None:
     """Refuse flags of finetuning_nlg.py, with the defaults of the recipe, that do not go together."""
     updates = args.episodes // args.batch_size
@@ -340,10 +324,3 @@ def check_ppo_flags(args: argparse.Namespace) -> None:
         raise UserError("--target-kl multiplies the KL coefficient, and --kl-coef 0 stays 0; give one above 0")
     if args.keep_best and not args.eval_every:
         raise UserError("--keep-best keeps the best of the policies that are evaluated: give --eval-every, too")
-
-
-def feedback_kind(text: str) -> str:
-    """An argparse type: good-bad, or best-of-N with N from 2 to 9."""
-    if text != "good-bad" and not re.fullmatch("best-of-[2-9]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither good-bad nor best-of-N with N from 2 to 9")
-    return text

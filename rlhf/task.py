@@ -41,14 +41,14 @@ def load(args: argparse.Namespace, device: torch.device, updates: int) -> Task:
 
 def _models(args: argparse.Namespace, device: torch.device) -> tuple:
     """The reference, what becomes the policy, their tokenizer, and the precision of matrix products."""
-    reference, tokenizer = models.load_policy(args.policy, "--policy", args.chat)
-    tokens = args.query_length + args.response_length
-    models.check_length(reference, tokenizer, tokens, "--query-length and --response-length")
     if args.batch_size % (args.answers * distributed.world_size()):
         raise UserError(
             f"--batch-size {args.batch_size} cannot be divided into --answers {args.answers} to a query"
             + (f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else "")
         )
+    reference, tokenizer = models.load_policy(args.policy, "--policy", args.chat)
+    tokens = args.query_length + args.response_length
+    models.check_length(reference, tokenizer, tokens, "--query-length and --response-length")
     dtype = precision.choose(args.precision, device, reference.to(device))
     model = lora.trained_beside(reference, dtype, args.lora, args.policy)
     if args.start_from:

@@ -191,6 +191,7 @@ def test_quitting_while_labelling_loses_nothing(chain, monkeypatch):
 def test_mistakes_in_the_flags(chain):
     home, _ = chain
     assert "neither good-bad nor best-of-N" in refused("finetuning_nlg", "--feedback", "best-of-1", cwd=home)
-    assert "are for --reward human" in refused("finetuning_nlg", *TINY_RUN, "--annotator", "gold", cwd=home)
+    for flag in (["--annotator", "gold"], ["--page"], ["--labels", 60], ["--reward-lr", 1e-4]):
+        assert f"{flag[0]} is for --reward human" in refused("finetuning_nlg", *TINY_RUN, *flag, cwd=home)
     assert "--label-rounds 5 are more than" in refused("finetuning_nlg", *HUMAN, "--label-rounds", 5, cwd=home)
     assert "there is no file none.py" in refused("finetuning_nlg", *HUMAN[:-4], "--annotator", "none.py:f", cwd=home)
