@@ -90,8 +90,8 @@ def peers(results: Path) -> str:
             f"GRPO goes to {grpo.loc[0.05].kl.mean():.1f} nats with the beta of its best short run, and to "
             f"{grpo.loc[0.15].kl.mean():.1f} with that of the second best: no share of the optimum is known there. It "
             "divides the scores of a query's texts by their deviation: the more alike they become, the less the KL "
-            'counts. Without this division (`scale_rewards="none"`, one seed, all else the same) it ends at '
-            f"{undivided.kl:.1f} nats and {undivided.exact_fraction:.0%} of the optimum.",
+            'counts. Without this division (`scale_rewards="none"`, one seed, the same settings, models made anew) it '
+            f"ends at {undivided.kl:.1f} nats and {undivided.exact_fraction:.0%} of the optimum.",
         ),
         claim(
             by_setting.loc[("dpo", 0.3)].gold_valid.max() < 0.9,

@@ -9,6 +9,7 @@ from rlhf.errors import UserError
 
 
 def add_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Returns the flags, for `refuse_without_people`."""
     group = parser.add_argument_group("feedback from people (--reward human)")
     lr_help = recipes.described(recipes.PEOPLE, "reward_lr", "peak learning rate of these passes")
     add = group.add_argument
