@@ -15,8 +15,7 @@ BIN = .venv/bin
 RUN = K2_lr_1e-3_seed0
 
 all: .venv/installed
-	$(BIN)/python train_cls.py --resume
-	$(BIN)/python train_nlg.py --resume
+	$(BIN)/python -m experiments.at_once "train_cls.py --resume" "train_nlg.py --resume"
 	$(BIN)/python finetuning_nlg.py --resume
 	$(BIN)/python evaluate_nlg.py --run data_results/$(RUN)
 	PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/jupyter nbconvert --log-level ERROR --KernelManager.transport=ipc --execute --template classic --no-input --to html --output-dir data_results Analysis.ipynb

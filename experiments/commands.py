@@ -30,6 +30,10 @@ def is_done(flags: list[str]) -> bool:
 
 def start(script: str, flags: list, variables: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess:
     """Run a script or a module to its end, from whatever folder. options: of subprocess.run."""
-    program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | (variables or {})
-    return subprocess.run([sys.executable, *program, *flags], env=environment, **options)
+    return subprocess.run(command_line(script, flags), env=environment, **options)
+
+
+def command_line(script: str, flags: list) -> list:
+    """The words that start a script or a module with this Python."""
+    return [sys.executable, *([str(ROOT / script)] if script.endswith(".py") else ["-m", script]), *flags]
