@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from experiments import bounded_reward
 from rlhf import cli, gold, models, rewards
 from rlhf.errors import UserError
 from rlhf.rewards import Part, Reward
@@ -389,3 +390,12 @@ def test_positions_that_roberta_keeps_for_padding_hold_no_token():
     model(torch.full((1, length), 5))
     with pytest.raises(RuntimeError, match="out of bounds"):
         model(torch.full((1, length + 1), 5))
+
+
+def test_a_bounded_reward_is_the_probability_of_positive(chain, monkeypatch):
+    texts = ["Alice helped Carlos to carry the wood.", "Oscar stole the bread."]
+    monkeypatch.setattr(bounded_reward, "MODEL", str(chain[0] / "models" / "cls"))
+    model, tokenizer = rewards.load_model(bounded_reward.MODEL)
+    with torch.no_grad():
+        expected = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1].item() for text in texts]
+    assert bounded_reward.score(texts) == pytest.approx(expected, abs=1e-5)
