@@ -80,6 +80,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
     args.reward = args.reward or [cli.DEFAULT_REWARD]
+    rewards.refuse_missing_files(args.reward)
     asks_people = rewards.includes_people(args.reward)
     if not asks_people:
         flags.refuse_without_people(args, of_people)

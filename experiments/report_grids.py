@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.grids import GRIDS
-from experiments.markdown import GOLD, claim, figure, files, section, spread, table, table_of_runs
+from experiments.markdown import GOLD, claim, figure, files, load, section, spread, table, table_of_runs
 from experiments.report_ppo import default_runs
 
 
@@ -179,24 +179,45 @@ def stability(results: Path) -> str:
 
 def generators(results: Path) -> str:
     runs = pd.read_csv(results / "models.csv")
-    share = runs.set_index("variant").fraction_of_optimum
-    sizes = share[["gpt2_1x64", "gpt2_2x128", "gpt2_3x192"]]
+    share = runs.groupby("variant").fraction_of_optimum
+    mean, between_seeds, smallest = share.mean(), share.max() - share.min(), runs.variant == "gpt2_1x64"
+    folders = [results / "models" / f"{run.variant}_seed{run.seed}" for run in runs.itertuples()]
+    valid = {folder.name: load(folder / "evaluation.json")["worst_query"]["valid"] for folder in folders}
+    invalid = [f"{value:.0%} with {name.replace('_', ' ')}" for name, value in valid.items() if value < 0.8]
     return section(
         "Does it work with other generators?",
         "GPT-2 in three sizes, GPT-NeoX and Llama (layers x width), each trained from scratch on the shipped texts; "
-        f"then PPO with the default settings, {GRIDS['models'].episodes:,} episodes, one seed.",
+        f"then PPO with the default settings, {GRIDS['models'].episodes:,} episodes, with three seeds of generator and "
+        "PPO and one classifier.",
         claim(
-            runs.gold_ethical.min() > 0.8, f"All policies end at {runs.gold_ethical.min():.1%} gold ethical or more."
+            (runs.groupby("variant").seed.nunique() == 3).all() and runs.gold_ethical.min() > 0.85,
+            f"It does: all policies end at {runs.gold_ethical.min():.1%} gold ethical or more.",
         ),
         claim(
-            sizes.is_monotonic_increasing and share.drop(sizes.index).max() < sizes.min(),
-            "A larger GPT-2 gains a little more of the optimum; GPT-NeoX and Llama learn more slowly than GPT-2.",
+            mean.max() - mean.min() < between_seeds.max(),
+            f"No size and no architecture is ahead: the means lie between {mean.min():.0%} and {mean.max():.0%} of the "
+            f"optimum, and the seeds of one generator differ by up to {100 * between_seeds.max():.0f} points.",
         ),
+        claim(
+            runs[smallest].gold_valid.max() < runs[~smallest].gold_valid.min(),
+            f"The smallest writes fewer valid texts, {runs[smallest].gold_valid.mean():.0%} instead of "
+            f"{runs[~smallest].gold_valid.min():.0%} and more.",
+        ),
+        claim(
+            runs.worst_query_kl.max() < 5 and len(invalid) == 2,
+            f"The query with the largest KL is at {runs.worst_query_kl.min():.1f} to {runs.worst_query_kl.max():.1f} "
+            f"nats. Most of its texts are valid in all runs but two: {' and '.join(invalid)}.",
+        ),
+        "(With one seed, one pass over a batch and queries from valid.txt only, GPT-NeoX and Llama had ended at 63% "
+        "and a GPT-2 of their size at 75%. With the present default they are level.)",
         table_of_runs(
-            "generator", runs, {name: name.replace("_", " ") for name in share.index}, ["fraction_of_optimum", *GOLD]
+            "generator",
+            runs,
+            {name: name.replace("_", " ") for name in GRIDS["models"].variants},
+            ["fraction_of_optimum", *GOLD],
         ),
-        figure("models", "Share of the optimum by generator"),
-        files(results, "python -m experiments.study models", "models.csv") + " The run folders were not kept.",
+        figure("models", "Share of the optimum by generator, a dot a seed"),
+        files(results, "python -m experiments.study models --seeds 3", "models.csv", "models"),
     )
 
 

@@ -216,12 +216,25 @@ def is_function(spec: str) -> bool:
     return ".py:" in spec or spec.endswith(".py")
 
 
-def load_function(spec: str, flag: str) -> Callable:
-    """FILE.py:FUNCTION"""
+def refuse_missing_files(specs: list[str]) -> None:
+    """A UserError for a weight or a file that cannot be, before models are loaded."""
+    for _, what in map(weight_and_reward, specs):
+        if is_function(what):
+            file_and_function(what, "--reward")
+
+
+def file_and_function(spec: str, flag: str) -> tuple[str, str]:
+    """The file, which is there, and the function of FILE.py:FUNCTION."""
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
         lacking = "it names no function" if Path(spec).is_file() else f"there is no file {file or spec}"
         raise UserError(f"{flag} {spec}: {lacking}; give FILE.py:FUNCTION")
+    return file, name
+
+
+def load_function(spec: str, flag: str) -> Callable:
+    """FILE.py:FUNCTION"""
+    file, name = file_and_function(spec, flag)
     module_spec = importlib.util.spec_from_file_location(f"rlhf_user_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where dataclasses look for the module that they are defined in

@@ -191,6 +191,11 @@ def test_a_function_that_is_not_there(tmp_path, spec, message):
         rewards.load_function(spec.format(tmp_path), "--annotator")
 
 
+def test_a_missing_file_is_found_before_the_policy_is_loaded(tmp_path):
+    flags = "--policy", "models/nowhere", "--reward", "none.py:score"
+    assert "there is no file none.py" in refused("finetuning_nlg", *flags, cwd=tmp_path)
+
+
 def test_a_functions_file_may_define_a_dataclass(tmp_path):
     lines = ["from __future__ import annotations", "from dataclasses import dataclass", "@dataclass", "class A:"]
     lines += ["  a: int", "def score(texts):", "  return [A(1).a for _ in texts]"]
