@@ -80,10 +80,11 @@ def show(script: Script, scripts: list[Script], signals: list[int]) -> None:
         ended = False
         while not ended:
             ended = script.process.poll() is not None
-            write(file.read())
+            failed = next((each for each in scripts if each.process.poll()), None)
+            write(file.read())  # after these two looks: nothing that an ended script said is missed
             if signals:
                 raise Stopped(signals[0], "\nstopped; the same command goes on from there")
-            for failed in (other for other in scripts if other.process.poll()):
+            if failed:
                 if failed is not script:
                     begun(failed).close()
                 raise UserError(f"{failed.command} failed; it says why above")

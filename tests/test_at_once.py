@@ -48,12 +48,13 @@ def test_a_bar_that_was_written_while_another_script_was_shown_appears_in_its_la
     assert at_once.last_state("no bar\n") == "no bar\n"
 
 
-def test_where_one_fails_it_says_why_and_the_others_are_stopped(script, tmp_path):
+@pytest.mark.parametrize("is_first", [True, False])
+def test_where_one_fails_it_says_why_and_the_others_are_stopped(script, tmp_path, is_first):
     forever = script("forever", f"pathlib.Path({str(tmp_path / 'alive')!r}).touch()", "time.sleep(60)")
     alive = f"while not pathlib.Path({str(tmp_path / 'alive')!r}).exists(): time.sleep(0.01)"
     fails = script("fails", alive, "sys.exit('error: no data')")
     began = time.monotonic()
-    shown = run("experiments.at_once", forever, fails, cwd=tmp_path, code=2)
+    shown = run("experiments.at_once", *([fails, forever] if is_first else [forever, fails]), cwd=tmp_path, code=2)
     assert time.monotonic() - began < 30
     assert shown.stderr == f"error: no data\nerror: {fails} failed; it says why above\n"
 
