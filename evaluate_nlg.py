@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from rlhf import checkpoint, cli, frontier, gold, models, plots, precision, prompting, rewards, runtime
+from rlhf import checkpoint, cli, flags, frontier, gold, models, plots, precision, prompting, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 from rlhf.policy import PolicyWithValue
@@ -28,11 +28,12 @@ from rlhf.rollout import collect
 from rlhf.sampling import Sampling, real_tokens, sample_many
 
 SAVED_SAMPLES = 4  # responses to a query in evaluation_samples.csv
+# settings that runs must have in common
 SHARED = "policy reward data data_config data_revision text_column query_length response_length temperature".split()
-SHARED += ["stop", "stop_after", "missing_stop_score", "chat", "reward_sees"]  # settings that runs must have in common
+SHARED += "stop stop_after missing_stop_score chat reward_sees bounded_score".split()
 TRUSTED_ESS = 30  # below this many effective samples a query, the optimum is not known well
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-OLDER = {"chat": False, "reward_sees": "both"}  # settings that older runs lack
+OLDER = {"chat": False, "reward_sees": "both", "bounded_score": False}  # settings that older runs lack
 Evaluate = Callable[[list[str], list[str], torch.Tensor], pd.DataFrame]  # queries, texts, terminated -> a row a text
 
 
@@ -48,8 +49,8 @@ def parse_args() -> argparse.Namespace:
         "--reference-samples", type=COUNT, default=1024, help="responses of the reference to each, for the optimum"
     )
     parser.add_argument("--batch-size", type=COUNT, default=1024, help="rows in a model at once")
-    cli.add_gold_flag(parser)
-    cli.add_machine_flags(parser)
+    flags.add_gold_flag(parser)
+    flags.add_machine_flags(parser)
     args = parser.parse_args()
     if args.reference_samples < max(BEST_OF):
         raise UserError(f"--reference-samples {args.reference_samples} is too few for best of {max(BEST_OF)}")
@@ -115,7 +116,9 @@ def main() -> None:
     dtype = precision.choose(args.precision, device, reference)
     runtime.print_device(device, dtype)
     precision.freeze(reference, dtype)
-    reward = rewards.load(trained.reward, trained.missing_stop_score, device, args.precision, split=prompts.split)
+    reward = rewards.load(
+        trained.reward, trained.missing_stop_score, device, args.precision, trained.bounded_score, split=prompts.split
+    )
     valid_texts = prompts.readable(texts["valid"])
     judge = gold.load_judge(args.gold, valid_texts, device, args.precision)
     held_out = prompts.held_out_queries(texts, trained.query_length)

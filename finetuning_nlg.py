@@ -24,6 +24,7 @@ from rlhf import (
     cli,
     distributed,
     evaluation,
+    flags,
     guard,
     lora,
     memory,
@@ -40,7 +41,8 @@ from rlhf import (
     task,
 )
 from rlhf.errors import UserError
-from rlhf.human import feedback, flags
+from rlhf.human import feedback
+from rlhf.human import flags as human_flags
 from rlhf.policy import PolicyWithValue
 from rlhf.rollout import collect, shuffled_minibatches
 from rlhf.run_log import REWARD_MODEL, RunLog, append
@@ -51,7 +53,7 @@ SHOWN = 4  # texts before and after, at the end
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    cli.add_data_flags(parser, default="data_nlg")
+    flags.add_data_flags(parser, default="data_nlg")
     model_flags = parser.add_argument_group("models")
     model_flags.add_argument(
         "--policy", default="models/nlg", help="folder, .gguf file or hub name of the generator to improve"
@@ -61,33 +63,33 @@ def parse_args() -> argparse.Namespace:
         "stays the reference",
     )  # fmt: skip
     model_flags.add_argument("--out", type=cli.folder, default="models/nlg_ppo", help="folder to write")
-    cli.add_model_flags(model_flags)
+    flags.add_model_flags(model_flags)
     model_flags.add_argument("--separate-value", action="store_true", help="a value network, not a head on the policy")
-    cli.add_chat_flags(parser.add_argument_group("chat models"))
-    cli.add_rollout_flags(parser.add_argument_group("rollout"))
-    cli.add_reward_flags(parser.add_argument_group("reward"))
-    of_people = flags.add_flags(parser)
-    cli.add_kl_flags(parser.add_argument_group("KL penalty"))
-    cli.add_ppo_flags(parser.add_argument_group("PPO"))
-    cli.add_evaluation_flags(parser.add_argument_group("evaluation"))
+    flags.add_chat_flags(parser.add_argument_group("chat models"))
+    flags.add_rollout_flags(parser.add_argument_group("rollout"))
+    flags.add_reward_flags(parser.add_argument_group("reward"))
+    of_people = human_flags.add_flags(parser)
+    flags.add_kl_flags(parser.add_argument_group("KL penalty"))
+    flags.add_ppo_flags(parser.add_argument_group("PPO"))
+    flags.add_evaluation_flags(parser.add_argument_group("evaluation"))
     output = parser.add_argument_group("output")
     output.add_argument("--run", help="name of the run folder (default: K<K>_lr_<lr>_seed<seed>)")
     output.add_argument("--results", default="data_results", help="folder of the run folders")
     output.add_argument("--tensorboard", action="store_true", help="write TensorBoard events to the run folder too")
-    cli.add_machine_flags(parser).add_argument(
+    flags.add_machine_flags(parser).add_argument(
         "--estimate-memory", action="store_true", help="print how much memory the run would take, and do nothing else"
     )
-    cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
+    flags.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=10)
     args = parser.parse_args()
-    args.reward = args.reward or [cli.DEFAULT_REWARD]
+    args.reward = args.reward or [flags.DEFAULT_REWARD]
     rewards.refuse_missing_files(args.reward)
     asks_people = rewards.includes_people(args.reward)
     if not asks_people:
-        flags.refuse_without_people(args, of_people)
-    cli.fill(args)
+        human_flags.refuse_without_people(args, of_people)
+    flags.fill(args)
     recipes.fill(args, recipes.with_lora(recipes.PPO, args.lora) | recipes.PEOPLE, args.policy)
-    cli.check_lora(args, args.policy, "--policy")
-    cli.check_ppo_flags(args)
+    flags.check_lora(args, args.policy, "--policy")
+    flags.check_ppo_flags(args)
     outputs.refuse_to_replace(args.out, args.policy, args.reward, args.gold)
     if args.reward_sees == prompting.REPLY and asks_people:
         raise UserError("--reward human: people judge a reply to its prompt; take --reward-sees both")

@@ -22,7 +22,7 @@ from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import checkpoint, cli, data, models, outputs, recipes, rewards, runtime, supervised
+from rlhf import checkpoint, cli, data, flags, models, outputs, recipes, rewards, runtime, supervised
 from rlhf.data import Choices
 from rlhf.errors import UserError
 from rlhf.supervised import FitSettings
@@ -36,7 +36,7 @@ BINS = 10  # of probabilities, for the calibration error
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    source = cli.add_data_flags(parser, default="data_cls")
+    source = flags.add_data_flags(parser, default="data_cls")
     source.add_argument("--label-column", default="label", help="column of the label")
     source.add_argument(
         "--positive-label", help="the label that means positive feedback (default: 1, where the labels are 0 and 1)"
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
     model.add_argument("--out", type=cli.folder, default="models/cls", help="folder to write")
-    cli.add_model_flags(model)
+    flags.add_model_flags(model)
     training = parser.add_argument_group("training")
     recipe = functools.partial(recipes.described, recipes.CLASSIFIER)
     training.add_argument("--epochs", type=cli.COUNT, help=recipe("epochs", "passes over the labelled texts"))
@@ -70,11 +70,11 @@ def parse_args() -> argparse.Namespace:
     smoothing_help = "fraction of every label that is spread over all choices; it bounds the log-odds, and so the score"
     training.add_argument("--label-smoothing", type=cli.FRACTION, help=recipe("label_smoothing", smoothing_help))
     training.add_argument("--max-length", type=cli.COUNT, default=128, help="longest text in tokens; the rest is cut")
-    cli.add_machine_flags(parser)
-    cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
+    flags.add_machine_flags(parser)
+    flags.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
     args = parser.parse_args()
     recipes.fill(args, recipes.with_lora(recipes.CLASSIFIER, args.lora), args.model)
-    cli.check_lora(args, args.model, "--model")
+    flags.check_lora(args, args.model, "--model")
     is_new = models.is_scratch(args.model)
     if is_new and args.data == parser.get_default("data") and Path(LM_DATA).is_dir():
         args.lm_data = args.lm_data or LM_DATA

@@ -20,6 +20,7 @@ from rlhf import (
     checkpoint,
     cli,
     data,
+    flags,
     gold,
     models,
     outputs,
@@ -37,13 +38,13 @@ SHOWN = 5  # samples printed at each temperature
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    source = cli.add_data_flags(parser, default="data_nlg")
-    cli.add_gold_flag(source)
+    source = flags.add_data_flags(parser, default="data_nlg")
+    flags.add_gold_flag(source)
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="scratch", help=models.SCRATCH_HELP)
     model.add_argument("--results", default="data_results", help="folder for a copy of metrics.json")
     model.add_argument("--out", type=cli.folder, default="models/nlg", help="folder to write")
-    cli.add_model_flags(model)
+    flags.add_model_flags(model)
     training = parser.add_argument_group("training")
     recipe = functools.partial(recipes.described, recipes.GENERATOR)
     training.add_argument("--epochs", type=cli.COUNT, help=recipe("epochs", "passes over the training texts"))
@@ -53,12 +54,12 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--max-length", type=cli.COUNT, default=128, help="longest text in tokens; the rest is cut")
     samples = parser.add_argument_group("samples for the report")
     samples.add_argument("--samples", type=cli.SAMPLE_COUNT, default=1024, help="how many to draw and judge")
-    cli.add_sampling_flags(samples)
-    cli.add_machine_flags(parser)
-    cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
+    flags.add_sampling_flags(samples)
+    flags.add_machine_flags(parser)
+    flags.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
     args = parser.parse_args()
     recipes.fill(args, recipes.with_lora(recipes.GENERATOR, args.lora), args.model)
-    cli.check_lora(args, args.model, "--model")
+    flags.check_lora(args, args.model, "--model")
     return args
 
 

@@ -164,7 +164,7 @@ class Update:
         precision.freeze(self.reference, dtype)
         self.policy = PolicyWithValue(model, precision=dtype).eval()
         self.optimizer = optim.ppo_optimizer(self.policy, LR, muon=case.policy is None)
-        self.reward = rewards.load([str(reward_folder)], -1.0, device, precision_name)
+        self.reward = rewards.load([str(reward_folder)], -1.0, device, precision_name, bounded=False)
         self.reward.load_state_dict({"score_mean": [0.0], "score_std": [1.0], "ethics_before": 0.5})
         self.queries = queries or queries_of(case, self.tokenizer)
         self.sampling = Sampling(case.response_length, TEMPERATURE, self.tokenizer.eos_token_id)

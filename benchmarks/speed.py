@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from benchmarks import cases
 from benchmarks.cases import CASES, Case
-from rlhf import cli, rollout, runtime, sampling
+from rlhf import cli, flags, rollout, runtime, sampling
 from rlhf.rollout import Rollout
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=cli.COUNT, default=3, help="turns")
     parser.add_argument("--updates", type=cli.COUNT, default=3, help="timed updates in a turn")
     parser.add_argument("--out", default="benchmarks/speed.json", help="file to write")
-    cli.add_machine_flags(parser)
+    flags.add_machine_flags(parser)
     args = parser.parse_args()
     device = runtime.set_up(args.device, args.seed)
     chosen = {name: case for name, case in CASES[device.type].items() if not args.only or name in args.only}

@@ -6,7 +6,7 @@ In models as small as the shipped ones two threads wait for each other. Two scri
 at the same time than in turn with two (benchmarks/RESULTS.md). Where one fails or is interrupted, all are stopped.
 """
 
-import rlhf.environment  # noqa: F401, I001  (before torch is loaded; the scripts inherit it)
+import rlhf.environment  # noqa: F401, I001  (the scripts inherit it, with the threads that are set here)
 import contextlib
 import os
 import shutil
@@ -18,11 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-import torch
-
-from experiments.commands import command_line
-from rlhf import checkpoint, cli
-from rlhf.errors import Stopped, UserError
+from experiments.commands import command_line, threads
+from rlhf import cli
+from rlhf.errors import Stopped, UserError, caught_signals
 
 SECONDS = 0.1  # between two looks at what the scripts said
 
@@ -38,7 +36,7 @@ def main() -> None:
     parser.add_argument("commands", nargs="+", metavar="COMMAND", help="a script and its flags")
     commands = parser.parse_args().commands
     with (
-        checkpoint.caught_signals() as signals,
+        caught_signals() as signals,
         tempfile.TemporaryDirectory() as folder,
         started(commands, Path(folder)) as scripts,
     ):
@@ -51,7 +49,7 @@ def started(commands: list[str], folder: Path) -> Iterator[list[Script]]:
     """Scripts that run side by side, and write what they say to files. None outlives the block."""
     columns, lines = shutil.get_terminal_size()
     variables = {
-        "OMP_NUM_THREADS": max(1, torch.get_num_threads() // len(commands)),
+        "OMP_NUM_THREADS": max(1, threads() // len(commands)),
         "PYTHONUNBUFFERED": 1,
         "COLUMNS": columns,  # the width of progress bars, which a file does not tell
         "LINES": lines,

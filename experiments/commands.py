@@ -10,6 +10,12 @@ from rlhf.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def threads() -> int:
+    """How many a script has for itself: OMP_NUM_THREADS, or one for each core that this process may use."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return int(os.environ.get("OMP_NUM_THREADS") or len(cores))
+
+
 def run(command: str, **variables: str) -> None:
     """Run a script, or a module such as experiments.real_data, with these flags and environment variables.
 

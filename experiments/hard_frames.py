@@ -19,7 +19,7 @@ import torch
 
 from data_cls import scenarios
 from experiments.commands import ROOT, run
-from rlhf import cli, models, precision, prompting, querying, rewards, runtime
+from rlhf import cli, flags, models, precision, prompting, querying, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 from rlhf.sampling import Sampling
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=COUNT, default=20_480, help="responses in the run")
     parser.add_argument("--reward", default="models/cls", help="classifier of the texts of data_cls/")
     parser.add_argument("--run", help="name of the run folder (default: hard_seed<seed>)")
-    cli.add_machine_flags(parser)
+    flags.add_machine_flags(parser)
     args = parser.parse_args()
     device = runtime.set_up(args.device, args.seed)
     name = args.run or f"hard_seed{args.seed}"
@@ -111,7 +111,8 @@ def measure(policy: str, queries: list[str], settings: dict, device: torch.devic
     sampling = Sampling(settings["response_length"], settings["temperature"], tokenizer.eos_token_id)
     prompts, generator = prompting.Texts(tokenizer), torch.Generator().manual_seed(0)
     texts = models.continuations(model, prompts, queries, sampling, generator)
-    reward = rewards.load(settings["reward"], settings["missing_stop_score"], device, "auto")
+    bounded = settings.get("bounded_score", False)  # older runs lack it
+    reward = rewards.load(settings["reward"], settings["missing_stop_score"], device, "auto", bounded)
     ethics = reward.ethics(reward.raw_scores(queries, texts))
     verdicts = [scenarios.judge(text) for text in texts]
     valid = np.array([verdict.valid for verdict in verdicts])

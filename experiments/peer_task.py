@@ -54,7 +54,10 @@ def load(config: dict, device: torch.device) -> Task:
     reference, tokenizer = models.load_policy(settings["policy"], "--policy")
     prompts = prompting.Texts(tokenizer)
     texts = data.load_texts(*(settings[name] for name in ("data", "data_config", "data_revision", "text_column")))
-    reward = rewards.load(settings["reward"], settings["missing_stop_score"], device, settings["precision"])
+    reward = rewards.load(
+        settings["reward"], settings["missing_stop_score"], device, settings["precision"],
+        settings.get("bounded_score", False),  # older runs lack it
+    )  # fmt: skip
     reward.load_state_dict(config)
     asked_at_the_end = set(prompts.held_out_queries(texts, settings["query_length"]))
     others = prompts.validation_queries(texts, settings["query_length"])

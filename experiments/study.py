@@ -36,7 +36,7 @@ from tqdm import tqdm
 from experiments import grid_plots
 from experiments.commands import is_done, start
 from experiments.grids import GRIDS
-from rlhf import cli, environment, frontier
+from rlhf import cli, environment, frontier, seeds
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 
@@ -70,7 +70,7 @@ def main() -> None:
     evaluate(GRIDS[args.grid].evaluation, results)
     table = pd.DataFrame([row_of(folder) for folder in sorted(results.glob("*_seed*")) if has_a_row(folder)])
     table.round(6).to_csv(results.with_suffix(".csv"), index=False, lineterminator="\n")
-    print(frontier.summary(table).to_string(float_format="%.3f"))
+    print(seeds.summary(table).to_string(float_format="%.3f"))
     print(f"table: {results.with_suffix('.csv')}")
     print(f"figure: {getattr(grid_plots, f'save_{args.grid}')(results)}")
 

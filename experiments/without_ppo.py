@@ -26,13 +26,14 @@ import torch
 from rlhf import (
     checkpoint,
     cli,
-    querying,
     evaluation,
+    flags,
     gold,
     models,
     outputs,
     precision,
     prompting,
+    querying,
     recipes,
     rewards,
     runtime,
@@ -55,11 +56,11 @@ ROWS = 512  # in a model at once, without gradients
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("method", choices=METHODS, help="what the samples are worth")
-    cli.add_gold_flag(cli.add_data_flags(parser, default="data_nlg"))
+    flags.add_gold_flag(flags.add_data_flags(parser, default="data_nlg"))
     parser.add_argument("--policy", default="models/nlg", help="folder or hub name of the generator to improve")
     parser.add_argument("--out", type=cli.folder, default="models/nlg_without_ppo", help="folder to write")
-    cli.add_rollout_flags(parser.add_argument_group("samples of the reference"))
-    cli.add_reward_flags(parser.add_argument_group("reward"))
+    flags.add_rollout_flags(parser.add_argument_group("samples of the reference"))
+    flags.add_reward_flags(parser.add_argument_group("reward"))
     training = parser.add_argument_group("training")
     recipe = functools.partial(recipes.described, RECIPE)
     training.add_argument("--episodes", type=cli.COUNT, help=recipe("episodes", "responses that are sampled in all"))
@@ -72,13 +73,13 @@ def parse_args() -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--run", help="name of the run folder (default: METHOD_seed<seed>)")
     output.add_argument("--results", default="data_results/beyond", help="folder of the run folders")
-    cli.add_machine_flags(parser)
-    cli.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
+    flags.add_machine_flags(parser)
+    flags.add_checkpoint_flags(parser.add_argument_group("checkpoints"), every=200)
     parser.set_defaults(answers=16, chat=False, ppo_epochs=0)  # evaluate_nlg.py reads the last two
     args = parser.parse_args()
     recipes.choose(args, recipes.LENGTHS, args.chat)
     recipes.fill(args, RECIPE, args.policy)
-    args.reward = args.reward or [cli.DEFAULT_REWARD]
+    args.reward = args.reward or [flags.DEFAULT_REWARD]
     args.run = args.run or f"{args.method}_seed{args.seed}"
     check_flags(args)
     if args.method == REWARD_WEIGHTED:
@@ -115,7 +116,9 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     dtype = precision.choose(args.precision, device, model.to(device))
     reference = precision.freeze(copy.deepcopy(model), dtype)
     precision.set_precision(model, dtype)
-    reward = rewards.load(args.reward, args.missing_stop_score, device, args.precision, split=prompts.split)
+    reward = rewards.load(
+        args.reward, args.missing_stop_score, device, args.precision, args.bounded_score, split=prompts.split
+    )
     judge = gold.load_judge(args.gold, texts["valid"], device, args.precision)
     stream = querying.QueryStream(prompts.training_queries(texts, args.query_length), args.seed)
     held_out = prompts.validation_queries(texts, args.query_length)

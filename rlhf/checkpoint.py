@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +11,7 @@ import filelock
 import torch
 
 from rlhf import distributed
-from rlhf.errors import Stopped, UserError
+from rlhf.errors import Stopped, UserError, caught_signals
 
 FORMAT = 5  # of the file; a file of another format is refused
 MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page", "activation_checkpointing"}
@@ -106,25 +104,6 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written: {error}") from error
     with lock:
         yield
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Note the first SIGINT or SIGTERM, so that a step can end and be saved; the second has its usual effect."""
-    numbers, handlers = [], {}
-
-    def note(number: int, _) -> None:
-        numbers.append(number)
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
-        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
-
-    handlers |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield numbers
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @distributed.main_process_only

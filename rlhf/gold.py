@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf import cli, rewards
+from rlhf import flags, rewards
 
 Judge = Callable[[list[str]], np.ndarray]  # texts -> [N, 2]: valid, ethical; 1 or 0, or NaN where it cannot tell
 
@@ -24,7 +24,7 @@ def load_judge(spec: str, texts: list[str], device: torch.device, precision_name
             return np.array([(np.nan, odds > 0) for odds in raw_score(texts, texts)], dtype=float).reshape(-1, 2)
 
         return judge_by_classifier
-    if spec == cli.DEFAULT_GOLD and not Path(spec.rpartition(":")[0]).is_file():
+    if spec == flags.DEFAULT_GOLD and not Path(spec.rpartition(":")[0]).is_file():
         return None
     judge = rewards.load_judge_function(spec)
     return judge if judge(texts[:100])[:, 0].mean() > 0.5 else None

@@ -1,6 +1,7 @@
 """What scores texts: a weighted sum of parts, each standardized on the reference policy's own samples.
 
-A part is a classifier (its log-odds of "positive"), a preference model (its one output), or a function of the user's.
+A part is a classifier (its log-odds or its probability of "positive"), a preference model (its one output), or a
+function of the user's.
 """
 
 import functools
@@ -33,7 +34,7 @@ class Part(NamedTuple):
     name: str  # in log.csv
     weight: float
     raw_score: RawScore
-    is_model: bool  # whether its raw scores are log-odds
+    in_log_odds: bool  # whether its raw scores are
 
 
 class Scores(NamedTuple):
@@ -84,7 +85,7 @@ class Reward:
         """Raw scores [B, parts] -> what people read, [B]: the first part's probability of "positive"; a function's
         value as it is."""
         first = raw[:, 0]
-        return 1 / (1 + np.exp(-first)) if self.parts[0].is_model else first
+        return probability(first) if self.parts[0].in_log_odds else first
 
     def state_dict(self) -> dict:
         return {"score_mean": self.score_mean, "score_std": self.score_std, "ethics_before": self.ethics_before}
@@ -103,29 +104,32 @@ def load(
     missing_stop_score: float,
     device: torch.device,
     precision_name: str,
+    bounded: bool,
     human: tuple | None = None,
     split: Split = prompting.Texts.split,
 ) -> Reward:
     """Every spec is a folder or hub name of a classifier, FILE.py:FUNCTION, or human; WEIGHT* may stand before it.
 
-    precision_name: one of precision.PRECISIONS. human: the model of people's answers, still to be trained, and its
-    tokenizer. split: takes a text apart for a function.
+    precision_name: one of precision.PRECISIONS. bounded: score by a classifier's probability, not by its log-odds.
+    human: the model of people's answers, still to be trained, and its tokenizer. split: takes a text apart for a
+    function.
     """
     parts = []
     for spec in specs:
         weight, what = weight_and_reward(spec)
-        is_model = not is_function(what)
-        if what == "human":
-            raw_score = functools.partial(score_texts, *human)
-        elif is_model:
-            raw_score = frozen_model(*load_model(what), device, precision_name)
+        in_log_odds = False
+        if is_function(what):
+            file, function = file_and_function(what, "--reward")
+            name, raw_score = f"{Path(file).stem}.{function}", user_function(load_function(what, "--reward"), split)
         else:
-            raw_score = user_function(load_function(what, "--reward"), split)
-        file, _, function = what.rpartition(":")
-        name = Path(what).name if is_model else f"{Path(file).stem}.{function}"
+            name, (model, tokenizer) = Path(what).name, human if what == "human" else load_model(what)
+            if what != "human":  # that one still learns
+                freeze(model, device, precision_name)
+            in_log_odds = not bounded or model.config.num_labels == 1  # where a preference model has its 0 is arbitrary
+            raw_score = functools.partial(score_texts if in_log_odds else probabilities, model, tokenizer)
         if name in [part.name for part in parts]:
             name += f"_{len(parts) + 1}"
-        parts.append(Part(name, weight, checked(raw_score, f"--reward {spec}"), is_model))
+        parts.append(Part(name, weight, checked(raw_score, f"--reward {spec}"), in_log_odds))
     return Reward(parts, missing_stop_score)
 
 
@@ -153,14 +157,27 @@ def load_model(name: str, flag: str = "--reward"):
 
 def frozen_model(model, tokenizer, device: torch.device, precision_name: str) -> RawScore:
     """The raw scores of a model that is not trained."""
+    freeze(model, device, precision_name)
+    return functools.partial(score_texts, model, tokenizer)
+
+
+def freeze(model, device: torch.device, precision_name: str) -> None:
     model.to(device)
     precision.freeze(model, precision.choose(precision_name, device, model))
-    return functools.partial(score_texts, model, tokenizer)
 
 
 def score_texts(model, tokenizer, queries: list[str], texts: list[str]) -> np.ndarray:
     """A model's raw scores of whole texts; which part of them is the query makes no difference to it."""
     return log_odds(model, tokenizer, texts, model.device)
+
+
+def probabilities(model, tokenizer, queries: list[str], texts: list[str]) -> np.ndarray:
+    """The same between 0 and 1: log-odds have no end, and a text that is surely positive would gain by more praise."""
+    return probability(score_texts(model, tokenizer, queries, texts))
+
+
+def probability(log_odds: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-log_odds))
 
 
 def user_function(function: Callable, split: Split) -> RawScore:

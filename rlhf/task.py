@@ -32,8 +32,8 @@ def load(args: argparse.Namespace, device: torch.device, updates: int) -> Task:
     human = _people(args, device, updates) if rewards.includes_people(args.reward) else None
     policy = PolicyWithValue(model, args.separate_value, dtype).eval()
     reward = rewards.load(
-        args.reward, args.missing_stop_score, device, args.precision, human and (human.model, human.tokenizer),
-        prompts.split,
+        args.reward, args.missing_stop_score, device, args.precision, args.bounded_score,
+        human and (human.model, human.tokenizer), prompts.split,
     )  # fmt: skip
     judge = gold.load_judge(args.gold, prompts.readable(texts["valid"]), device, args.precision)
     return Task(policy, reference, prompts, reward, judge, human, texts, dtype)

@@ -225,7 +225,7 @@ def test_a_function_gets_the_last_message_and_the_reply(tmp_path):
     specs = [f"{tmp_path}/own.py:{name}" for name in ("pairs", "texts")]
     for sees, seen in (("reply", "It is ten."), ("both", chat.plain(CONVERSATION) + "\nIt is ten.")):
         prompts = prompting.Conversations(chat_tokenizer(), sees)
-        reward = rewards.load(specs, -1.0, CPU, "float32", split=prompts.split)
+        reward = rewards.load(specs, -1.0, CPU, "float32", bounded=False, split=prompts.split)
         assert reward.raw_scores([CONVERSATION], [seen]).tolist() == [[3.0, len(seen)]]
 
 

@@ -27,7 +27,7 @@ SHORT = ["--response-length", "8"]
 
 
 def reward_of_length() -> Reward:
-    part = Part("length", 1.0, lambda queries, texts: np.array([len(text) for text in texts], float), is_model=False)
+    part = Part("length", 1.0, lambda queries, texts: np.array([len(text) for text in texts], float), in_log_odds=False)
     reward = Reward([part], missing_stop_score=-3.0)
     reward.load_state_dict({"score_mean": [20.0], "score_std": [10.0], "ethics_before": 0.0})
     return reward

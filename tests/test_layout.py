@@ -13,9 +13,9 @@ from tests.conftest import ROOT
 IN_THE_ROOT = {"train_cls.py", "train_nlg.py", "finetuning_nlg.py", "evaluate_nlg.py", "ppo.py"}
 SCRIPTS = sorted(IN_THE_ROOT - {"ppo.py"})
 LAYERS = [  # a module imports from the layers before its own only
-    "errors distributed precision muon frontier model_card environment recipes",
-    "lora activations",
-    "runtime cli checkpoint fast_path vocabulary plots",
+    "errors distributed precision muon frontier seeds model_card environment recipes",
+    "lora activations cli",
+    "runtime flags checkpoint fast_path vocabulary plots",
     "forward data guard querying",
     "policy",
     "sampling optim chat memory",

@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from experiments import bounded_reward
-from rlhf import cli, gold, models, rewards
+from rlhf import flags, gold, models, rewards
 from rlhf.errors import UserError
 from rlhf.rewards import Part, Reward
 from tests.conftest import ROOT, TINY_EVALUATION, TINY_RUN, refused, run
@@ -24,7 +23,7 @@ FEW_SAMPLES = "--queries 2 --samples 4 --reference-samples 64".split()
 # scores by hand
 
 
-def reward_of(*columns, weights=None, is_model=False, missing_stop_score=-1.0):
+def reward_of(*columns, weights=None, in_log_odds=False, missing_stop_score=-1.0):
     """A reward whose parts give the texts "0", "1", ... the numbers in their columns."""
 
     def raw_score(column):
@@ -33,7 +32,7 @@ def reward_of(*columns, weights=None, is_model=False, missing_stop_score=-1.0):
     weights = weights or [1.0] * len(columns)
     return Reward(
         [
-            Part(f"part{i}", weight, raw_score(column), is_model)
+            Part(f"part{i}", weight, raw_score(column), in_log_odds)
             for i, (weight, column) in enumerate(zip(weights, columns, strict=True))
         ],
         missing_stop_score,
@@ -89,13 +88,13 @@ def test_a_text_that_does_not_end_has_a_score_of_its_own(missing_stop_score):
 
 def test_people_read_a_functions_value_and_a_models_probability():
     raw = np.array([[0.0, 9.0], [np.log(3), 9.0], [-np.log(4), 9.0]])
-    values, probabilities = (reward_of([0], [0], is_model=is_model).ethics(raw) for is_model in (False, True))
+    values, probabilities = (reward_of([0], [0], in_log_odds=in_log_odds).ethics(raw) for in_log_odds in (False, True))
     assert values.tolist() == [0.0, np.log(3), -np.log(4)]  # of the first part
     assert probabilities == pytest.approx([0.5, 0.75, 0.2])
 
 
 def test_ethics_before_is_a_mean_of_probabilities():
-    reward = calibrated([np.log(3), -np.log(4)], is_model=True)
+    reward = calibrated([np.log(3), -np.log(4)], in_log_odds=True)
     assert reward.ethics_before == pytest.approx((0.75 + 0.2) / 2)
 
 
@@ -115,7 +114,7 @@ def test_a_loaded_state_gives_the_same_scores():
 
 
 def load(*specs, **options):
-    return rewards.load(list(specs), -1.0, CPU, "float32", **options)
+    return rewards.load(list(specs), -1.0, CPU, "float32", **{"bounded": False} | options)
 
 
 def test_functions_of_texts_and_of_queries_and_responses(tmp_path):
@@ -129,7 +128,7 @@ def test_functions_of_texts_and_of_queries_and_responses(tmp_path):
     assert [(part.name, part.weight) for part in reward.parts] == [
         ("own.texts", 1.0), ("own.responses", 0.5), ("own.keyword", -0.2)
     ]  # fmt: skip
-    assert not any(part.is_model for part in reward.parts)
+    assert not any(part.in_log_odds for part in reward.parts)
     assert reward.raw_scores(["ab", "a"], ["abcd", "abc"]).tolist() == [[4, 4, 12], [3, 4, 9]]
     reward.load_state_dict({"score_mean": [3.0, 2.0, 0.0], "score_std": [2.0, 4.0, 1.0], "ethics_before": 3.0})
     assert reward.standardize(np.array([[4, 4, 12], [3, 4, 9]])).tolist() == [[0.5, 0.5, 12], [0.0, 0.5, 9]]
@@ -140,7 +139,7 @@ def test_parts_with_the_same_name_get_numbers(chain):
     cls = str(chain[0] / "models" / "cls")
     reward = load(cls, f"2*{cls}", f"-1*{cls}")
     assert [part.name for part in reward.parts] == ["cls", "cls_2", "cls_3"]
-    assert all(part.is_model for part in reward.parts)
+    assert all(part.in_log_odds for part in reward.parts)
     log_odds = rewards.log_odds(*rewards.load_model(cls), ["On Monday she lied."], CPU)
     raw = reward.raw_scores(["On Monday"], ["On Monday she lied."])
     assert raw[0].tolist() == pytest.approx([log_odds[0]] * 3, abs=1e-5)
@@ -216,7 +215,7 @@ def test_people_among_the_rewards():
 def test_the_model_of_peoples_answers_is_scored_as_it_is_then(chain):
     model, tokenizer = rewards.load_model(str(chain[0] / "models" / "cls"))
     reward, texts = load("human", human=(model, tokenizer)), ["On Monday she lied.", "A man ran."]
-    assert [(part.name, part.is_model) for part in reward.parts] == [("human", True)]
+    assert [(part.name, part.in_log_odds) for part in reward.parts] == [("human", True)]
     before = reward.raw_scores(["", ""], texts)
     with torch.no_grad():
         model.score.weight.mul_(2)
@@ -269,7 +268,7 @@ def test_a_judge_is_used_where_it_knows_the_data(tmp_path):
 def test_only_the_file_of_the_default_judge_may_be_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
-    cli.add_gold_flag(parser)
+    flags.add_gold_flag(parser)
     assert gold.load_judge(parser.get_default("gold"), ["Anna left."], CPU, "float32") is None
     with pytest.raises(UserError, match=r"--gold my_jduge.py:judge: there is no file my_jduge.py"):
         gold.load_judge("my_jduge.py:judge", ["Anna left."], CPU, "float32")
@@ -397,10 +396,25 @@ def test_positions_that_roberta_keeps_for_padding_hold_no_token():
         model(torch.full((1, length + 1), 5))
 
 
-def test_a_bounded_reward_is_the_probability_of_positive(chain, monkeypatch):
-    texts = ["Alice helped Carlos to carry the wood.", "Oscar stole the bread."]
-    monkeypatch.setattr(bounded_reward, "MODEL", str(chain[0] / "models" / "cls"))
-    model, tokenizer = rewards.load_model(bounded_reward.MODEL)
+TEXTS = ["Alice helped Carlos to carry the wood.", "Oscar stole the bread."]
+
+
+def test_a_bounded_score_is_the_probability_of_positive(chain):
+    cls = str(chain[0] / "models" / "cls")
+    model, tokenizer = rewards.load_model(cls)
     with torch.no_grad():
-        expected = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1].item() for text in texts]
-    assert bounded_reward.score(texts) == pytest.approx(expected, abs=1e-5)
+        expected = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1].item() for text in TEXTS]
+    reward = load(cls, bounded=True)
+    raw = reward.raw_scores(["", ""], TEXTS)
+    assert raw[:, 0] == pytest.approx(expected, abs=1e-5)
+    assert reward.ethics(raw) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_score_of_a_preference_model_stays_as_it_is_with_bounded_score(chain, tmp_path):
+    model, tokenizer = rewards.load_model(str(chain[0] / "models" / "cls"))
+    model.config.num_labels = 1
+    model.score = torch.nn.Linear(model.score.in_features, 1, bias=False)
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "preferences")
+    raw = [load(str(tmp_path / "preferences"), bounded=x).raw_scores(["", ""], TEXTS) for x in (False, True)]
+    assert raw[0].tolist() == raw[1].tolist()

@@ -192,7 +192,7 @@ def test_the_models_that_a_run_needs_are_trained_first(home, monkeypatch):
     monkeypatch.setattr(
         study, "row_of", lambda folder: {"variant": "small_generator", "broken": "", "gold_ethical": 1.0}
     )
-    monkeypatch.setattr(study.frontier, "summary", lambda table: table)
+    monkeypatch.setattr(study.seeds, "summary", lambda table: table)
     monkeypatch.setattr(study, "groups", lambda folders: [])  # without an evaluation
     monkeypatch.setattr(study.grid_plots, "save_ablations", lambda results: None)
     run("experiments.study", "ablations", "--seeds", "1", cwd=home)

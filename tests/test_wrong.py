@@ -108,7 +108,7 @@ def test_adam_eps():
 
 
 def test_score():
-    part = rewards.Part("odds", 2.0, lambda queries, texts: np.array([5.0, -1.0]), is_model=True)
+    part = rewards.Part("odds", 2.0, lambda queries, texts: np.array([5.0, -1.0]), in_log_odds=True)
     reward = rewards.Reward([part], missing_stop_score=0.0)
     reward.load_state_dict({"score_mean": [1.0], "score_std": [2.0], "ethics_before": 0.5})
     terminated = torch.tensor([True, True])
