@@ -265,7 +265,7 @@ def draw_stability(axes, table: pd.DataFrame) -> None:
     """The share of valid and ethical texts by PPO epochs and learning rate, means over seeds, and the broken runs."""
     settings = table.variant.str.extract(r"K(\d+)_lr_(.+)").set_axis(["K", "lr"], axis=1)
     table = table.assign(K=settings.K.astype(int), lr=settings.lr.astype(float), broken=table.broken.fillna("") != "")
-    table["share"] = table.gold_valid * table.gold_ethical
+    table["share"] = table.gold_valid.fillna(1) * table.gold_ethical  # a judge of real text cannot tell what is valid
     by_setting = {"index": "K", "columns": "lr", "dropna": False}
     shares = table.pivot_table(values="share", aggfunc="mean", **by_setting)
     broken, runs = (table.pivot_table(values="broken", aggfunc=name, **by_setting) for name in ("sum", "count"))
@@ -280,9 +280,18 @@ def draw_stability(axes, table: pd.DataFrame) -> None:
     axes.set_xlabel("learning rate")
     axes.set_ylabel("K (PPO epochs)")
     axes.grid(visible=False)
-    axes.figure.colorbar(image, label="gold judge: valid and ethical")
+    judged = "held-out judge: positive" if table.gold_valid.isna().all() else "gold judge: valid and ethical"
+    axes.figure.colorbar(image, label=judged)
 
 
-def save_stability(results: Path) -> Path:
+def save_stability(results: Path, title: str = "Stability: PPO epochs and learning rate") -> Path:
     table = pd.read_csv(results.with_suffix(".csv"))
-    return save(grid_figure(results), "Stability: PPO epochs and learning rate", draw_stability, table)
+    return save(grid_figure(results), title, draw_stability, table)
+
+
+def save_stability_reviews(results: Path) -> Path:
+    return save_stability(results, "SmolLM2-135M on film reviews: PPO epochs and learning rate")
+
+
+def save_stability_adapters(results: Path) -> Path:
+    return save_stability(results, "The same with adapters (LoRA): PPO epochs and learning rate")

@@ -87,6 +87,19 @@ def train_reviewer(variant: str) -> list[str]:
     return [f"train_cls.py {flags} --out {FEW_LABELS} --results data_results/reviews/{{run}}"]
 
 
+def epochs_and_rates(epochs: tuple[int, ...], rates: tuple[str, ...]) -> dict[str, str]:
+    """K1_lr_1e-5, ...: every K with every learning rate."""
+    return {f"K{k}_lr_{lr}": f"--ppo-epochs {k} --lr {lr}" for k in epochs for lr in rates}
+
+
+STABILITY_ON_REVIEWS = Grid(
+    1280,  # ten updates: a run that breaks does so early
+    epochs_and_rates((1, 4), ("5e-5", "2e-4", "1e-3")),
+    f"{REVIEWS_EVALUATION} --reference-samples 64",
+    shared=f"{ON_REVIEWS} --reward {HOME}/reward --no-kl-guard",
+)
+
+
 HUMAN = "--reward human --feedback best-of-4 --annotator gold --feedback-file models/labels/{run}.jsonl"
 GRIDS = {
     # a fifth of the episodes of a default run, so that the grid is done in half an hour or two on a laptop
@@ -162,13 +175,13 @@ GRIDS = {
     ),
     "stability": Grid(
         5120,
-        {
-            f"K{epochs}_lr_{lr}": f"--ppo-epochs {epochs} --lr {lr}"
-            for epochs in (1, 2, 4, 8)
-            for lr in ("1e-5", "1e-4", "1e-3", "3e-3", "1e-2")  # a policy does not move at lower ones
-        },
+        epochs_and_rates((1, 2, 4, 8), ("1e-5", "1e-4", "1e-3", "3e-3", "1e-2")),  # it does not move at lower ones
         "--samples 8",
         shared=UNGUARDED,
+    ),
+    "stability_reviews": STABILITY_ON_REVIEWS,
+    "stability_adapters": STABILITY_ON_REVIEWS._replace(
+        variants=epochs_and_rates((1, 4), ("5e-4", "2e-3", "1e-2")), shared=f"{STABILITY_ON_REVIEWS.shared} --lora 8"
     ),
     "details": Grid(
         10_240,

@@ -12,6 +12,7 @@
     python -m experiments.study beyond                 # best-of-n distilled and reward-weighted fine-tuning, no PPO
     python -m experiments.study start                  # PPO with half of the texts, from those policies
     python -m experiments.study recipe --seeds 1       # settings for pretrained models
+    python -m experiments.study stability_reviews --seeds 2    # K and learning rates for them; stability_adapters: LoRA
     python -m experiments.study reviews --seeds 1      # ... and with few labels, no KL penalty, or people's answers
     python -m experiments.study data                   # sentiment and ethics, from the hub, or files of --source
     python -m experiments.study ablations --cluster slurm --partition gpu
@@ -232,6 +233,7 @@ def row_of(folder: Path) -> dict:
         "gold_valid": evaluation["gold"]["valid_after"],
         "worst_query_kl": evaluation.get("worst_query", {}).get("kl"),  # older evaluations lack it
         "entropy": evaluation["diversity"]["after"]["entropy"],
+        "perplexity": evaluation.get("perplexity_under_reference"),
         "minutes": log[["seconds_rollout", "seconds_score", "seconds_update"]].to_numpy().sum() / 60,
     }
 

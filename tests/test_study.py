@@ -71,7 +71,9 @@ def value_of(flag, command):
     return command[command.index(flag) + 1]
 
 
-@pytest.mark.parametrize("name", ["stability", "overoptimisation", "details", "reviews"])
+@pytest.mark.parametrize(
+    "name", ["stability", "stability_reviews", "stability_adapters", "overoptimisation", "details", "reviews"]
+)
 def test_runs_that_may_break_have_no_guard(name):
     grid = grids.GRIDS[name]
     assert all("--no-kl-guard" in f"{grid.shared} {flags}" for flags in grid.variants.values())
