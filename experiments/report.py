@@ -51,7 +51,7 @@ How to read the tables:
   beyond the range in which the optimum can be estimated. [metrics.md](metrics.md) has all formulas.
 - Several seeds: the mean, and in brackets the lowest and the highest run.
 
-The ablations, wrong details, stability, real texts, numbers of answers and weak reward models were run around the
+The ablations, wrong details, stability, numbers of answers and weak reward models were run around the
 default of that time: one pass over a batch (K = 1), queries from valid.txt only, no KL penalty inside the queries, a KL
 coefficient that falls from 0.6 to 0.15, and a classifier that starts as the generator. Their *default* is that one; to
 repeat them exactly, check out the commit in their `config.json`. A commit that ends in `-dirty` had changes that were

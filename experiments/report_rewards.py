@@ -6,39 +6,45 @@ import numpy as np
 import pandas as pd
 
 from experiments.grids import GRIDS, PASSES
-from experiments.markdown import GOLD, change, claim, figure, files, load, section, spread, table, table_of_runs
+from experiments.markdown import GOLD, claim, figure, files, load, section, spread, table, table_of_runs
 
 
 def other_data(results: Path) -> str:
     titles = {"sentiment": "SST-2, positive", "ethics": "ETHICS commonsense with Moral Stories, right"}
-    found, rows = {name: load(results / f"data/{name}_seed0/evaluation.json") for name in titles}, {}
-    for name, run in found.items():
+    found, rows = [], {}
+    for name in titles:
+        folders = sorted((results / "data").glob(f"{name}_seed*"))
+        runs = pd.DataFrame([load(folder / "evaluation.json") for folder in folders])
+        runs = runs.assign(good=[gold["ethical_after"] for gold in runs.gold])
+        runs = runs.assign(good_before=[gold["ethical_before"] for gold in runs.gold])
         right = {
-            model: load(results / f"data/{name}_seed0/{model}_metrics.json")["results"]["test"]["accuracy"]
-            for model in ("reward", "judge")
+            model: pd.Series([load(path / f"{model}_metrics.json")["results"]["test"]["accuracy"] for path in folders])
+            for model in ("judge", "reward")
         }
         rows[titles[name]] = {
-            "held-out judge": change(run["gold"]["ethical_before"], run["gold"]["ethical_after"], "{:.1%}"),
-            "reward model's mean": change(run["ethics_before"], run["ethics_after"], "{:.2f}"),
-            "KL (nats)": f"{run['kl']:.1f}",
-            "right on test texts: judge": f"{right['judge']:.1%}",
-            "reward model": f"{right['reward']:.1%}",
+            "held-out judge": f"{runs.good_before.mean():.0%} → {spread(runs.good, '{:.0%}')}",
+            "reward model's mean": f"{runs.ethics_before.mean():.2f} → {spread(runs.ethics_after, '{:.2f}')}",
+            "KL (nats)": spread(runs.kl, "{:.1f}"),
+            "right on test texts: judge": spread(right["judge"], "{:.0%}"),
+            "reward model": spread(right["reward"], "{:.0%}"),
         }
+        found.append(runs)
+    runs = pd.concat(found)
     return section(
         "Does it work with real texts?",
-        f"Everything from scratch on a CPU, {GRIDS['data'].episodes:,} episodes, one seed. The reward model and a "
-        "held-out judge both start as the generator, and learn from different halves of the labels.",
+        f"Everything from scratch on a CPU, {GRIDS['data'].episodes:,} episodes, three seeds of all models. The reward "
+        "model and a held-out judge both start as the generator, and learn from different halves of the labels.",
         claim(
-            all(run["gold"]["ethical_after"] > run["gold"]["ethical_before"] + 0.25 for run in found.values()),
-            "The share of responses that the judge finds good rises with the reward model's mean.",
+            len(runs) == 6 and (runs.good > runs.good_before + 0.2).all(),
+            "The share of responses that the judge finds good rises with the reward model's mean, in every run.",
         ),
         "This judge says less than the gold judge of the shipped texts: it may make the reward model's own mistakes.",
         claim(
-            all(run["kl"] > run["trusted_up_to_kl"] for run in found.values()),
-            "Both runs end beyond the KL up to which the optimum can be estimated, so no share of it is given.",
+            (runs.kl > runs.trusted_up_to_kl).all(),
+            "All runs end beyond the KL up to which the optimum can be estimated, so no share of it is given.",
         ),
-        "The generators are small: the samples of ETHICS, which are not committed, had people who *offer to help* "
-        "wherever they could.",
+        "The generators are small: names and sentences get mixed up. In the samples of ETHICS, which are not committed, "
+        "people *offer* and *help* wherever they can.",
         table("data, and what counts as good", rows),
         figure("data", "The reward model's mean and the judge's share against the square root of the KL"),
         files(results, "python -m experiments.study data", "data.csv", "data")

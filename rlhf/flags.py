@@ -164,7 +164,7 @@ def add_reward_flags(group: argparse._ArgumentGroup) -> None:
         "--bounded-score",
         action="store_true",
         help="a classifier's score is its probability, not its log-odds, which have no end: what is surely positive "
-        "gains nothing by more praise, and texts stay more varied",
+        "gains nothing by more praise",
     )
     group.add_argument(
         "--missing-stop-score", type=number(float), default=-1.0, help="score of a response that does not end"
