@@ -43,8 +43,8 @@ def other_data(results: Path) -> str:
             (runs.kl > runs.trusted_up_to_kl).all(),
             "All runs end beyond the KL up to which the optimum can be estimated, so no share of it is given.",
         ),
-        "The generators are small: names and sentences get mixed up. In the samples of ETHICS, which are not committed, "
-        "people *offer* and *help* wherever they can.",
+        "The generators are small: names and sentences get mixed up. In the samples of ETHICS, which are not "
+        "committed, people *offer* and *help* wherever they can.",
         table("data, and what counts as good", rows),
         figure("data", "The reward model's mean and the judge's share against the square root of the KL"),
         files(results, "python -m experiments.study data", "data.csv", "data")
