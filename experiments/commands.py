@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def threads() -> int:
     """How many a script has for itself: OMP_NUM_THREADS, or one for each core that this process may use."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    return int(os.environ.get("OMP_NUM_THREADS") or len(cores))
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested regions, a list
+    return int(given) if given.isdecimal() else len(cores)
 
 
 def run(command: str, **variables: str) -> None:

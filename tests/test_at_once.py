@@ -34,7 +34,7 @@ def test_both_run_at_the_same_time_and_are_shown_one_after_the_other(script, tmp
 
 
 def test_each_has_its_share_of_the_threads_and_bars_as_wide_as_the_terminal(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    monkeypatch.setenv("OMP_NUM_THREADS", "6,2")
     monkeypatch.setenv("COLUMNS", "77")
     tells = script("tells", "print(os.environ['OMP_NUM_THREADS'], os.environ['COLUMNS'])")
     assert run("experiments.at_once", tells, tells, cwd=tmp_path).stderr == "3 77\n" * 2
