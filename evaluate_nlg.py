@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from rlhf import checkpoint, cli, flags, frontier, gold, models, plots, precision, prompting, rewards, runtime
+from rlhf import checkpoint, cli, flags, frontier, gold, models, outputs, plots, precision, prompting, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 from rlhf.policy import PolicyWithValue
@@ -33,7 +33,6 @@ SHARED = "policy reward data data_config data_revision text_column query_length 
 SHARED += "stop stop_after missing_stop_score chat reward_sees bounded_score".split()
 TRUSTED_ESS = 30  # below this many effective samples a query, the optimum is not known well
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-OLDER = {"chat": False, "reward_sees": "both", "bounded_score": False}  # settings that older runs lack
 Evaluate = Callable[[list[str], list[str], torch.Tensor], pd.DataFrame]  # queries, texts, terminated -> a row a text
 
 
@@ -63,7 +62,7 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     """The settings of a run, and its config.json."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        settings = argparse.Namespace(**OLDER | config["settings"])
+        settings = argparse.Namespace(**outputs.settings_of(config))
         specs = [settings.reward] if isinstance(settings.reward, str) else settings.reward  # as old runs have it
         settings.reward = rewards.with_saved_human_model(specs, settings.out)
         return settings, config

@@ -11,10 +11,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def threads() -> int:
-    """How many a script has for itself: OMP_NUM_THREADS, or one for each core that this process may use."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    """How many a script has for itself: OMP_NUM_THREADS, or one for each core."""
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested regions, a list
-    return int(given) if given.isdecimal() else len(cores)
+    return int(given) if given.isdecimal() else cores()
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def run(command: str, **variables: str) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from data_cls import scenarios
 from experiments.commands import ROOT, run
-from rlhf import cli, flags, models, precision, prompting, querying, rewards, runtime
+from rlhf import cli, flags, models, outputs, precision, prompting, querying, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 from rlhf.sampling import Sampling
@@ -59,7 +59,7 @@ def refuse_another(run_folder: Path, args: argparse.Namespace) -> None:
 
 def evaluate(run_folder: Path, device: torch.device, samples: int = SAMPLES) -> None:
     """Write hard_frames.json beside the log of a run on `write_texts`, with so many samples a query, and print it."""
-    settings = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))["settings"]
+    settings = outputs.settings_of(json.loads((run_folder / "config.json").read_text(encoding="utf-8")))
     _, tokenizer = models.load_policy(settings["policy"], "--policy")
     lines = (Path(settings["data"]) / "valid.txt").read_text(encoding="utf-8").splitlines()
     _, held_out = querying.split_queries(lines, tokenizer, settings["query_length"])
@@ -111,8 +111,8 @@ def measure(policy: str, queries: list[str], settings: dict, device: torch.devic
     sampling = Sampling(settings["response_length"], settings["temperature"], tokenizer.eos_token_id)
     prompts, generator = prompting.Texts(tokenizer), torch.Generator().manual_seed(0)
     texts = models.continuations(model, prompts, queries, sampling, generator)
-    bounded = settings.get("bounded_score", False)  # older runs lack it
-    reward = rewards.load(settings["reward"], settings["missing_stop_score"], device, "auto", bounded)
+    of_reward = settings["reward"], settings["missing_stop_score"], device, "auto", settings["bounded_score"]
+    reward = rewards.load(*of_reward)
     ethics = reward.ethics(reward.raw_scores(queries, texts))
     verdicts = [scenarios.judge(text) for text in texts]
     valid = np.array([verdict.valid for verdict in verdicts])

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rlhf import data, evaluation, frontier, models, prompting, querying, rewards, runtime
+from rlhf import data, evaluation, frontier, models, outputs, prompting, querying, rewards, runtime
 from rlhf.errors import UserError
 from rlhf.forward import position_ids
 from rlhf.policy import PolicyWithValue
@@ -50,14 +50,12 @@ def load_config(run: Path) -> dict:
 
 def load(config: dict, device: torch.device) -> Task:
     """config: config.json of the run."""
-    settings = config["settings"]
+    settings = outputs.settings_of(config)
     reference, tokenizer = models.load_policy(settings["policy"], "--policy")
     prompts = prompting.Texts(tokenizer)
     texts = data.load_texts(*(settings[name] for name in ("data", "data_config", "data_revision", "text_column")))
-    reward = rewards.load(
-        settings["reward"], settings["missing_stop_score"], device, settings["precision"],
-        settings.get("bounded_score", False),  # older runs lack it
-    )  # fmt: skip
+    of_reward = (settings[name] for name in ("precision", "bounded_score"))
+    reward = rewards.load(settings["reward"], settings["missing_stop_score"], device, *of_reward)
     reward.load_state_dict(config)
     asked_at_the_end = set(prompts.held_out_queries(texts, settings["query_length"]))
     others = prompts.validation_queries(texts, settings["query_length"])

@@ -35,7 +35,7 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from tqdm import tqdm
 
 from experiments import grid_plots
-from experiments.commands import is_done, start
+from experiments.commands import cores, is_done, start
 from experiments.grids import GRIDS
 from rlhf import cli, environment, frontier, seeds
 from rlhf.cli import COUNT
@@ -119,8 +119,8 @@ def run_all(args: argparse.Namespace, commands: dict[str, list[list[str]]], resu
     except RuntimeError as error:
         raise UserError(f"--cluster {args.cluster}: {error}") from error
     gpus = visible_gpus()
-    free_slots = list(range(args.at_once or len(gpus) or os.cpu_count()))
-    threads = max(1, os.cpu_count() // len(free_slots))
+    free_slots = list(range(args.at_once or len(gpus) or cores()))
+    threads = max(1, cores() // len(free_slots))
     executor.update_parameters(timeout_min=24 * 60, cpus_per_task=threads)
     if args.cluster == "slurm":
         executor.update_parameters(slurm_partition=args.partition, slurm_gpus_per_node=1 if gpus else 0)

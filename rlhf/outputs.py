@@ -17,6 +17,11 @@ def write_config(args: argparse.Namespace, reward: rewards.Reward, folder: Path,
     runtime.write_json(folder / "config.json", {"settings": vars(args), **reward.state_dict()} | provenance)
 
 
+def settings_of(config: dict) -> dict:
+    """The settings in a config.json; a run that is older than a flag had what is its default."""
+    return {"chat": False, "reward_sees": "both", "bounded_score": False} | config["settings"]
+
+
 def refuse_to_replace(out: str, policy: str, rewards_of_run: list[str], gold: str) -> None:
     """Refuse an --out that would take the place of a model with which the run is evaluated later."""
     needed = {"--policy": [policy], "--reward": [rewards.weight_and_reward(x)[1] for x in rewards_of_run]}

@@ -416,5 +416,19 @@ def test_the_score_of_a_preference_model_stays_as_it_is_with_bounded_score(chain
     model.score = torch.nn.Linear(model.score.in_features, 1, bias=False)
     for each in (model, tokenizer):
         each.save_pretrained(tmp_path / "preferences")
-    raw = [load(str(tmp_path / "preferences"), bounded=x).raw_scores(["", ""], TEXTS) for x in (False, True)]
-    assert raw[0].tolist() == raw[1].tolist()
+    with torch.no_grad():
+        expected = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in TEXTS]
+    raw = load(str(tmp_path / "preferences"), bounded=True).raw_scores(["", ""], TEXTS)
+    assert raw[:, 0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_run_with_a_bounded_score_is_evaluated_with_it(chain):
+    home, _ = chain
+    run("finetuning_nlg", *TINY_RUN, "--bounded-score", "--run", "bounded", "--out", "models/bounded", cwd=home)
+    config = json.loads((home / "data_results" / "bounded" / "config.json").read_text())
+    assert config["score_mean"] == pytest.approx([config["ethics_before"]])  # both are the mean probability
+    assert 0 < config["score_std"][0] <= 0.5  # of what lies between 0 and 1
+    run("evaluate_nlg", "--run", "data_results/bounded", *FEW_SAMPLES, cwd=home)
+    samples = pd.read_csv(home / "data_results" / "bounded" / "evaluation_samples.csv")
+    assert samples.raw_cls.tolist() == samples.ethics.tolist()  # both are the probability
+    assert samples.ethics.between(0, 1).all() and samples.ethics.nunique() > 1
