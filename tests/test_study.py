@@ -295,7 +295,8 @@ def test_the_measures_of_both_kinds_of_frames(chain, monkeypatch):
     texts = [*learned, *hard, "Nonsense.", "More of it."]
     monkeypatch.setattr(hard_frames.models, "continuations", lambda model, tokenizer, queries, *_: texts)
     monkeypatch.setattr(hard_frames.rewards, "log_odds", lambda model, tokenizer, texts, device: np.ones(len(texts)))
-    settings = {"response_length": 8, "temperature": 0.7, "missing_stop_score": -1.0, "reward": ["models/cls"]}
+    of_reward = {"missing_stop_score": -1.0, "reward": ["models/cls"], "bounded_score": False}
+    settings = {"response_length": 8, "temperature": 0.7} | of_reward
     measures = hard_frames.measure("models/nlg", ["A", "The"] * 5, settings, torch.device("cpu"))
     assert measures["all"] == {"texts": 10, "valid": 0.8}
     mean = {"classifier_mean": 1 / (1 + np.exp(-1))}
