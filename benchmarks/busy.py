@@ -1,12 +1,14 @@
-"""Speed on a quiet machine and beside one busy process, by how long OpenMP's threads may spin (rlhf/environment.py).
+"""Speed on a quiet machine and beside one busy process, with what the project does about it and without.
 
-    python -m benchmarks.busy            # after make; a quarter of an hour on two cores; writes benchmarks/busy.json
+    python -m benchmarks.busy            # after make; half an hour on two cores; writes benchmarks/busy.json
 
-Generator training in steps a second, PPO in responses a second, the evaluation in responses a second, each as the
+OpenMP's threads may spin for a bounded time (rlhf/environment.py), and their number follows what other programs leave
+(rlhf/threads.py). Generator training in steps a second, PPO and the evaluation in responses a second, each as the
 median of some runs of the scripts. All other processes should rest meanwhile.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import statistics
@@ -20,6 +22,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from experiments import commands
 from rlhf import cli, environment, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,58 +42,62 @@ def neighbour(is_busy: bool) -> Iterator[None]:
             process.wait()
 
 
-def script(spin_count: str, *command: str) -> str:
-    """Run a script with this spin count ("unset": OpenMP's own), and return its progress bars."""
-    variables = {name: x for name, x in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    variables |= {"OMP_DYNAMIC": "false"} if spin_count == "unset" else {"GOMP_SPINCOUNT": spin_count}
+def script(variables: dict[str, str], *command: str) -> str:
+    """Run a script with these of OpenMP's variables, and return its progress bars."""
+    others = {name: x for name, x in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
+        [sys.executable, *command], cwd=ROOT, env=others | variables, capture_output=True, text=True, check=True
     )
     return done.stderr
 
 
-def rates(spin_count: str, folder: Path) -> dict[str, float]:
+def rates(variables: dict[str, str], folder: Path) -> dict[str, float]:
     """Steps, responses and responses a second of training, PPO and the evaluation."""
     out = ["--out", str(folder / "out"), "--results", str(folder)]
     bars = script(
-        spin_count, "train_nlg.py", "--data", str(folder / "texts.txt"), "--epochs", "1", "--samples", "1", *out
+        variables, "train_nlg.py", "--data", str(folder / "texts.txt"), "--epochs", "1", "--samples", "1", *out
     )
     steps = [float(x) for x in re.findall(r"([\d.]+)step/s", bars)]
-    script(spin_count, "finetuning_nlg.py", "--episodes", "1536", "--reference-samples", "256", "--run", "run", *out)
+    script(variables, "finetuning_nlg.py", "--episodes", "5120", "--reference-samples", "256", "--run", "run", *out)
     updates = pd.read_csv(folder / "run" / "log.csv").episodes_per_second[2:]
     start = time.perf_counter()
     few = ["--queries", "16", "--samples", "8", "--reference-samples", "256"]
-    script(spin_count, "evaluate_nlg.py", "--run", str(folder / "run"), *few)
+    script(variables, "evaluate_nlg.py", "--run", str(folder / "run"), *few)
     responses = 16 * (256 + 2 * 8)
     return {
         "training": steps[-1],
-        "ppo": float(updates.median()),
+        "ppo": statistics.harmonic_mean(updates),
         "evaluation": responses / (time.perf_counter() - start),
     }
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--spin-counts", nargs="+", default=["unset", "1000", str(environment.SPIN_COUNT), "20000"])
     parser.add_argument("--repeats", type=cli.COUNT, default=3, help="runs of each, in turn")
     parser.add_argument("--out", default="benchmarks/busy.json", help="file to write")
     args = parser.parse_args()
+    all_threads = {"OMP_NUM_THREADS": str(commands.cores())}
+    bounded = {"GOMP_SPINCOUNT": str(environment.SPIN_COUNT)}
+    variants = {"OpenMP's own": all_threads, "bounded spinning": all_threads | bounded, "number follows too": {}}
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
         lines = (ROOT / "data_nlg" / "train.txt").read_text(encoding="utf-8").splitlines()
         (Path(folder) / "texts.txt").write_text("\n".join(lines[:TEXTS]), encoding="utf-8")
-        for repeat in range(args.repeats):
-            for spin_count in args.spin_counts:
-                for is_busy in (False, True):
-                    with neighbour(is_busy):
-                        found = rates(spin_count, Path(folder))
-                    measured.setdefault((spin_count, is_busy), []).append(found)
-                    print(repeat, spin_count, "busy" if is_busy else "quiet", found, flush=True)
-    rows = []
-    for (spin_count, is_busy), runs in measured.items():
-        medians = {name: statistics.median(one[name] for one in runs) for name in runs[0]}
-        rows.append({"spin_count": spin_count, "neighbour": is_busy, **medians})
-    runtime.write_json(Path(args.out), runtime.provenance(torch.device("cpu")) | {"rates": rows})
+        for repeat, (name, variables), is_busy in itertools.product(
+            range(args.repeats), variants.items(), (False, True)
+        ):
+            with neighbour(is_busy):
+                found = rates(variables, Path(folder))
+            measured.setdefault((name, is_busy), []).append(found)
+            print(repeat, name, "busy" if is_busy else "quiet", found, flush=True)
+    rows = [
+        {"threads": name, "neighbour": is_busy}
+        | {rate: statistics.median(run[rate] for run in runs) for rate in runs[0]}
+        for (name, is_busy), runs in measured.items()
+    ]
+    runtime.write_json(
+        Path(args.out), runtime.provenance(torch.device("cpu")) | {"repeats": args.repeats, "rates": rows}
+    )
     print(pd.DataFrame(rows).to_string(index=False, float_format="%.1f"))
 
 

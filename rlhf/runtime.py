@@ -26,7 +26,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from rlhf import distributed, precision
+from rlhf import distributed, precision, threads
 from rlhf.errors import UserError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
@@ -107,7 +107,7 @@ def seconds(device: torch.device) -> float:
 def progress(label: str, unit: str, done: int, total: int) -> tqdm:
     """The numbers of the steps after `done`, with a progress bar in the main process."""
     return tqdm(
-        range(done + 1, total + 1),
+        threads.following_load(range(done + 1, total + 1)),
         desc=label,
         unit=unit,
         initial=done,

@@ -12,7 +12,12 @@ from typing import NamedTuple
 
 import pytest
 
+from experiments.commands import threads
+from rlhf import environment
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
+if "OMP_NUM_THREADS" not in os.environ:  # else the number of threads, and with it the rounding, follows the load
+    os.environ |= {"OMP_NUM_THREADS": str(threads()), "GOMP_SPINCOUNT": str(environment.SPIN_COUNT)}
 if "TEST_ON_CUDA" not in os.environ:  # a GPU may be somebody else's; `make gpu-check` means to use it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parent.parent
