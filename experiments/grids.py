@@ -54,9 +54,8 @@ PASSES = {100: 120, 1000: 36, 9360: 12}  # of a classifier over its texts, by th
 def train_classifier(variant: str) -> list[str]:
     """100_rows_... -> a classifier like the default one, trained on 100 labelled texts."""
     rows = int(variant.split("_")[0])
-    flags = "--model models/nlg --optimizer muon --revisit 0.1 --label-smoothing 0.05"
     out = "--out models/rewards/inputs/{run}/reward --results data_results/rewards/{run}"
-    return [f"train_cls.py {flags} --rows {rows} --epochs {PASSES[rows]} {out} --seed {{seed}}"]
+    return [f"train_cls.py --rows {rows} --epochs {PASSES[rows]} {out} --seed {{seed}}"]
 
 
 SUPERVISED = "models/start/inputs/{run}"
@@ -171,6 +170,7 @@ GRIDS = {
             for rows in PASSES
             for kl_coef in (0.02, 0.15)
         },
+        shared="",
         setup=train_classifier,
     ),
     "stability": Grid(
