@@ -16,9 +16,9 @@ for prompts that are padded on the left. DPO learns from log-probabilities at te
 the samples; TRL has no setting for it.
 
 --search tries the same number of learning rates and betas for each method with a quarter of the episodes, and trains
-with the best by score - kl_coef * KL on queries that neither training nor the evaluation asks. Writes policies to
-models/peers/, run folders (config.json, trl_log.csv, evaluation.json) to data_results/peers/, and the tables
-data_results/peers.csv and data_results/peers_search.csv.
+with the best by score - kl_coef * KL on queries that neither training nor the evaluation asks. Writes run folders
+(config.json, trl_log.csv, evaluation.json) to --results, the tables RESULTS.csv and RESULTS_search.csv beside it, and
+policies to the folder of models/ with its name.
 """
 
 import rlhf.environment  # noqa: F401, I001  (before torch is loaded)
@@ -40,7 +40,7 @@ from experiments.commands import start
 from rlhf import cli, plots, runtime
 from rlhf.errors import UserError
 
-MODELS, RESULTS = Path("models/peers"), Path("data_results/peers")
+RESULTS = "data_results/peers"
 SEARCH_PART = 4  # a search's runs have the episodes divided by this
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 BETAS = {"grpo": (0.05, 0.15), "grpo-unscaled": (0.05, 0.15), "rloo": (0.05, 0.15), "dpo": (0.1, 0.3)}
@@ -169,17 +169,16 @@ def new_trainer(settings: Settings, task: peer_task.Task, out: Path):
     return trainer
 
 
-def train(settings: Settings, task: peer_task.Task, config: dict, name: str) -> dict:
-    """Train a policy, unless this has been done, and write it and its run folder. Returns config.json.
+def train(settings: Settings, task: peer_task.Task, config: dict, run: Path, out: Path) -> dict:
+    """Train a policy, unless this has been done, and write it to `out` and its run folder. Returns config.json.
 
-    config: config.json of the run to compare with. name: of the run's folder.
+    config: config.json of the run to compare with.
     """
-    run, out = RESULTS / name, MODELS / name
     if out.exists() and (run / "config.json").exists():  # the latter is written last
         record = json.loads((run / "config.json").read_text(encoding="utf-8"))
         if record["trl"] == vars(settings) and record["score_mean"] == config["score_mean"]:  # with the same models
             return record
-    print(f"\n{name}", flush=True)
+    print(f"\n{run}", flush=True)
     clock = runtime.Clock(task.reference.device)
     trainer = new_trainer(settings, task, out)  # DPO samples its texts here
     trainer.remove_callback(PrinterCallback)
@@ -201,14 +200,14 @@ def train(settings: Settings, task: peer_task.Task, config: dict, name: str) -> 
     return record
 
 
-def search(settings: Settings, task: peer_task.Task, config: dict) -> Settings:
+def search(settings: Settings, task: peer_task.Task, config: dict, results: Path) -> Settings:
     """The settings with the best of LEARNING_RATES and of the method's BETAS. Adds its runs to the table."""
     rows = []
     for lr, beta in itertools.product(LEARNING_RATES, BETAS[settings.method]):
         tried = dataclasses.replace(settings, lr=lr, beta=beta, episodes=settings.episodes // SEARCH_PART)
-        record = train(tried, task, config, f"search/{tried.run}")
+        record = train(tried, task, config, *folders(results, f"search/{tried.run}"))
         rows.append(vars(tried) | record["validation"] | {"minutes": record["minutes"]})
-    table, path = pd.DataFrame(rows), Path(f"{RESULTS}_search.csv")
+    table, path = pd.DataFrame(rows), Path(f"{results}_search.csv")
     if path.exists():
         before = pd.read_csv(path)
         table = pd.concat([before[(before.method != settings.method) | (before.seed != settings.seed)], table])
@@ -218,14 +217,19 @@ def search(settings: Settings, task: peer_task.Task, config: dict) -> Settings:
     return dataclasses.replace(settings, lr=best["lr"], beta=best["beta"])
 
 
-def write_table(ours: list[Path]) -> pd.DataFrame:
-    """data_results/peers.csv: a row for every run to compare with, and for every evaluated run of a peer."""
+def folders(results: Path, name: str) -> tuple[Path, Path]:
+    """Of a run and of its policy."""
+    return results / name, Path("models") / results.name / name
+
+
+def write_table(ours: list[Path], results: Path) -> pd.DataFrame:
+    """A row for every run to compare with, and for every evaluated run of a peer."""
     rows = {run.name: peer_task.quality(run, peer_task.minutes_of(run)) for run in ours}
-    for run in sorted(path.parent for path in RESULTS.glob("*/evaluation.json")):
+    for run in sorted(path.parent for path in results.glob("*/evaluation.json")):
         minutes = json.loads((run / "config.json").read_text(encoding="utf-8"))["minutes"]
         rows[run.name] = peer_task.quality(run, minutes)
     table = pd.DataFrame(rows).T.rename_axis("run").round(6)
-    table.to_csv(f"{RESULTS}.csv", lineterminator="\n")
+    table.to_csv(f"{results}.csv", lineterminator="\n")
     return table
 
 
@@ -244,6 +248,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=cli.POSITIVE, help="learning rate")
     parser.add_argument("--beta", type=cli.number(float, 0), help="KL coefficient; of DPO, its beta")
     parser.add_argument("--seed", type=cli.SEED, default=0, help="seed of every run")
+    parser.add_argument("--evaluation", default="", metavar="FLAGS", help="of evaluate_nlg.py, in quotation marks")
+    parser.add_argument("--results", type=cli.folder, default=RESULTS, help="folder to write run folders to")
     parser.add_argument("--search", action="store_true", help="choose learning rate and beta by short runs first")
     args = parser.parse_args()
     if args.search and (args.lr or args.beta is not None):
@@ -264,22 +270,27 @@ def all_settings(args: argparse.Namespace, episodes: int) -> list[Settings]:
     return every
 
 
+def is_evaluated(run: Path) -> bool:
+    return (run / "evaluation.json").exists()
+
+
 def main() -> None:
     args = parse_args()
-    ours = [Path(run) for run in args.run]
+    ours, results = [Path(run) for run in args.run], Path(args.results)
     config, *_ = [peer_task.load_config(run) for run in ours]
-    if unknown := [run for run in ours[1:] if not (run / "evaluation.json").exists()]:
+    if unknown := [run for run in ours[1:] if not is_evaluated(run)]:
         raise UserError(f"--run {unknown[0]} has not been evaluated: python evaluate_nlg.py --run {unknown[0]}")
     every = all_settings(args, config["settings"]["episodes"])
     device = runtime.set_up("auto", args.seed)
-    task, runs = peer_task.load(config, device), ours[:1]
+    task, runs = peer_task.load(config, device), [run for run in ours if not is_evaluated(run)]
     for settings in every:
-        chosen = search(settings, task, config) if args.search else settings
-        train(chosen, task, config, chosen.run)
-        runs.append(RESULTS / chosen.run)
-    if start("evaluate_nlg.py", ["--run", *runs]).returncode:
+        chosen = search(settings, task, config, results) if args.search else settings
+        run, out = folders(results, chosen.run)
+        train(chosen, task, config, run, out)
+        runs.append(run)
+    if start("evaluate_nlg.py", ["--run", *runs, *args.evaluation.split()]).returncode:
         raise UserError("evaluate_nlg.py failed; it says why above")
-    print(write_table(ours).to_string())
+    print(write_table(ours, results).to_string())
 
 
 if __name__ == "__main__":

@@ -254,14 +254,8 @@ def test_dpo_learns_from_the_sampled_tokens(peers_today, task, tmp_path):
 
 
 def test_every_method_trains_and_is_evaluated(peers_today, home, monkeypatch):
-    run_command = subprocess.run
-
-    def run_quickly(command, **kwargs):  # an evaluation of the full size takes half a minute
-        few = "--queries 2 --samples 8 --reference-samples 64".split() if "--run" in command else []
-        return run_command([*command, *few], **kwargs)
-
-    monkeypatch.setattr(subprocess, "run", run_quickly)
     flags = "--episodes 32 --batch-size 16 --minibatches 2 --lr 1e-3".split()
+    flags += ["--evaluation", "--queries 2 --samples 8 --reference-samples 64"]  # of the full size: half a minute
     run("experiments.peers_today", *flags, cwd=home)
     table = pd.read_csv(home / "data_results/peers.csv").set_index("run")
     names = ["dpo_K3_lr_1e-3_beta_0.1_seed0"]
@@ -292,17 +286,18 @@ def test_a_search_takes_the_best_objective(peers_today, monkeypatch, tmp_path):
     (tmp_path / "data_results").mkdir()
     trained = []
 
-    def train(settings, task, config, name):
-        trained.append((settings.episodes, name))
+    def train(settings, task, config, run, out):
+        trained.append((settings.episodes, run, out))
         objective = 1.0 if (settings.lr, settings.beta) == (3e-4, 0.15) else 0.5
         return {"minutes": 1.0, "validation": {"score": 2.0, "kl": 3.0, "objective": objective}}
 
     monkeypatch.setattr(peers_today, "train", train)
     for method, best in (("grpo", (3e-4, 0.15)), ("dpo", (1e-4, 0.1)), ("grpo", (3e-4, 0.15))):
         settings = peers_today.Settings(method, 80, 0, 1).filled()
-        chosen = peers_today.search(settings, None, {})
+        chosen = peers_today.search(settings, None, {}, Path("data_results/peers"))
         assert (chosen.lr, chosen.beta, chosen.episodes) == (*best, 80)
-    assert trained[0] == (20, "search/grpo_K1_lr_1e-4_beta_0.05_seed0") and len(trained) == 3 * 6
+    name = "peers/search/grpo_K1_lr_1e-4_beta_0.05_seed0"
+    assert trained[0] == (20, Path("data_results") / name, Path("models") / name) and len(trained) == 3 * 6
     table = pd.read_csv("data_results/peers_search.csv")
     assert table.method.value_counts().to_dict() == {"grpo": 6, "dpo": 6}  # the second search replaced the first
 
