@@ -305,7 +305,11 @@ def finish(args, policy, reward, prompts, sampling, human, log, evaluations, kl_
     """Write the last policy, the best, or the last good one of a run that the guard has stopped; and say which."""
     chosen = (evaluations.bring_back_best(policy) if args.keep_best else None) or kl_guard.chosen
     out = f"{args.out}_stopped" if kl_guard.chosen else args.out
-    title, results = model_card.of_ppo(log.last_row, reward.ethics_before, chosen)
+    if args.interpolate < 1:
+        reference, *_ = models.load_policy(args.policy, "--policy", args.chat)  # in float32: its weights were rounded
+        policy.interpolate(reference, args.interpolate)
+        print(f"\n{out} is {args.interpolate:g} of the way from the reference to the policy of the log's last update")
+    title, results = model_card.of_ppo(log.last_row, reward.ethics_before, chosen, args.interpolate)
     outputs.save_policy(args, out, policy.model, prompts.tokenizer, sampling, title, results, provenance)
     if chosen:
         print(f"\n{out} is the policy after update {chosen.update}, {chosen.reason}")

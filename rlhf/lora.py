@@ -92,6 +92,17 @@ class TrainedWeights:
         self._module.load_state_dict(state, strict=False)
 
 
+def with_starting_weights(model: nn.Module, base: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The weights of a language model that train, each with what it was in `base`, from which the model started.
+
+    Of adapters only the second matrix, which starts at 0: the product that is added to the base is linear in it.
+    """
+    if has_adapters(model):
+        weights = [weight for name, weight in model.named_parameters() if ".lora_B." in name]
+        return [(weight, torch.zeros_like(weight)) for weight in weights]
+    return list(zip(model.parameters(), base.parameters(), strict=True))
+
+
 # folders
 
 

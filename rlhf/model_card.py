@@ -18,9 +18,14 @@ class Chosen(NamedTuple):
     results: dict[str, float | None]
 
 
-def of_ppo(row: dict, ethics_before: float, chosen: Chosen | None) -> tuple[str, pd.DataFrame]:
-    """Title and results of a fine-tuned policy: the last update's row of log.csv, or those of a chosen one."""
+def of_ppo(row: dict, ethics_before: float, chosen: Chosen | None, interpolate: float) -> tuple[str, pd.DataFrame]:
+    """Title and results of a fine-tuned policy: the last update's row of log.csv, or those of a chosen one.
+
+    interpolate: where the policy lies between the reference and the one of these results.
+    """
     title = "A generator fine-tuned with PPO"
+    if interpolate < 1:
+        title += f", at {interpolate:g} of the way in weights from the reference to the policy of these results"
     if chosen:
         numbers = {name: x for name, x in chosen.results.items() if x is not None}
         column = f"after update {chosen.update}"

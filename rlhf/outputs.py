@@ -19,7 +19,7 @@ def write_config(args: argparse.Namespace, reward: rewards.Reward, folder: Path,
 
 def settings_of(config: dict) -> dict:
     """The settings in a config.json; a run that is older than a flag had what is its default."""
-    return {"chat": False, "reward_sees": "both", "bounded_score": False} | config["settings"]
+    return {"chat": False, "reward_sees": "both", "bounded_score": False, "interpolate": 1.0} | config["settings"]
 
 
 def refuse_to_replace(out: str, policy: str, rewards_of_run: list[str], gold: str) -> None:

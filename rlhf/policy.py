@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from rlhf import lora
 from rlhf.forward import hidden_states
 from rlhf.precision import LowPrecisionCopy
 
@@ -42,6 +43,17 @@ class PolicyWithValue(nn.Module):
         """The model that computes for `model`, by default the policy's own: itself, or its copy in bfloat16."""
         model = self.model if model is None else model
         return self._copies[id(model)].refreshed() if self._copies else model
+
+    @torch.no_grad()
+    def interpolate(self, reference: nn.Module, fraction: float) -> None:
+        """Move the language model's weights along a straight line to this fraction of the way from the reference's.
+
+        The noise of the updates lies in many directions, what they learned in few, so the KL falls faster than the
+        score (Rame et al. 2024, arXiv 2406.16768, section 3.3). reference: in float32; with adapters it is under them.
+        """
+        for trained, at_start in lora.with_starting_weights(self.model, reference):
+            trained.copy_(torch.lerp(at_start.to(trained), trained, fraction))
+        self.weights_changed()
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """Those of the critic alone: the value head's, and those of a separate value model."""
