@@ -65,7 +65,7 @@ def test_of_adapters_the_product_that_is_added_to_the_base_is_scaled(tiny_model)
 
 @pytest.fixture(scope="module")
 def runs(chain):
-    """The chain's folder with runs to the end and a quarter of the way, of all weights and of adapters; what they say."""
+    """The chain's folder with runs of all weights and of adapters, to the end and a quarter of the way."""
     home, said = chain[0], {}
     for kind, flags in (("all", []), ("adapters", ["--lora", "2"])):
         for name, more in ((f"{kind}_whole", []), (f"{kind}_part", ["--interpolate", QUARTER])):
