@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from rlhf import checkpoint, cli, flags, frontier, gold, models, outputs, plots, precision, prompting, rewards, runtime
+from rlhf import cli, flags, frontier, gold, models, outputs, plots, precision, prompting, rewards, runtime
 from rlhf.cli import COUNT
 from rlhf.errors import UserError
 from rlhf.policy import PolicyWithValue
@@ -74,16 +74,8 @@ def load_tuned(folder: str | None, run: Path, config: dict, tokenizer):
     """The policy of a run, from --policy or the run's --out, which may hold that of another run by now."""
     trained = config["settings"]
     name = folder or trained["out"]
-    record = Path(name) / models.RECORD
-    if folder is None and record.exists():  # older models have none
-        made = json.loads(record.read_text(encoding="utf-8"))["settings"]
-        names = sorted((made.keys() | trained.keys()) - checkpoint.MAY_CHANGE)
-        if other := [name for name in names if made.get(name) != trained.get(name)]:
-            raise UserError(
-                f"{name} has the policy of {made['results']}/{made.get('run')}, which is not {run} as it is now: "
-                f"--{other[0].replace('_', '-')} was {made.get(other[0])}. Train every run with an --out of its own, "
-                "and to its end, or name its policy with --policy"
-            )
+    if folder is None:
+        outputs.refuse_policy_of_another_run(run, trained)
     policy, its_tokenizer = models.load_policy(name, "--policy")
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--policy {name} has another vocabulary than its reference {trained['policy']}")

@@ -308,7 +308,7 @@ def finish(args, policy, reward, prompts, sampling, human, log, evaluations, kl_
     if args.interpolate < 1:
         reference, *_ = models.load_policy(args.policy, "--policy", args.chat)  # in float32: its weights were rounded
         policy.interpolate(reference, args.interpolate)
-        print(f"\n{out} is {args.interpolate:g} of the way from the reference to the policy of the log's last update")
+        print(f"\n{out} is {args.interpolate:g} of the way from the reference to PPO's policy, of which the log tells")
     title, results = model_card.of_ppo(log.last_row, reward.ethics_before, chosen, args.interpolate)
     outputs.save_policy(args, out, policy.model, prompts.tokenizer, sampling, title, results, provenance)
     if chosen:

@@ -40,6 +40,7 @@ def write(run: Path, fraction: float, results: Path) -> Path:
     settings = outputs.settings_of(config)
     if settings["interpolate"] < 1 or settings["lora"]:
         raise UserError(f"--run {run}: not for a policy that is interpolated already, or trained with --lora")
+    outputs.refuse_policy_of_another_run(run, config["settings"])
     (trained, tokenizer), (reference, _) = (models.load_policy(settings[key], f"--{key}") for key in ("out", "policy"))
     PolicyWithValue(trained).interpolate(reference, fraction)
     changed = {"interpolate": fraction, "out": str(MODELS / name), "run": name, "results": str(results)}

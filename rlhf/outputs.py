@@ -1,11 +1,12 @@
 """What a run writes beside its log: its settings, and models with their cards."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pandas as pd
 
-from rlhf import model_card, models, rewards, runtime
+from rlhf import checkpoint, model_card, models, rewards, runtime
 from rlhf.errors import UserError
 from rlhf.human import feedback
 from rlhf.run_log import REWARD_MODEL
@@ -28,6 +29,21 @@ def refuse_to_replace(out: str, policy: str, rewards_of_run: list[str], gold: st
     for flag, names in (needed | {"--gold": [gold]}).items():
         if Path(out).resolve() in [Path(name).resolve() for name in names]:
             raise UserError(f"--out {out} would replace {flag}, which evaluate_nlg.py needs, too; give another folder")
+
+
+def refuse_policy_of_another_run(run: Path, settings: dict) -> None:
+    """Refuse a run whose --out holds the policy of another one by now. settings: the run's."""
+    record = Path(settings["out"]) / models.RECORD
+    if not record.exists():  # older models have none
+        return
+    made = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    names = sorted((made.keys() | settings.keys()) - checkpoint.MAY_CHANGE)
+    if other := [name for name in names if made.get(name) != settings.get(name)]:
+        raise UserError(
+            f"{settings['out']} has the policy of {made['results']}/{made.get('run')}, which is not {run} as it is "
+            f"now: --{other[0].replace('_', '-')} was {made.get(other[0])}. Train every run with an --out of its own, "
+            "and to its end, or name its policy with --policy"
+        )
 
 
 def metrics_file(args: argparse.Namespace) -> Path:

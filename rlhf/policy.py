@@ -48,8 +48,7 @@ class PolicyWithValue(nn.Module):
     def interpolate(self, reference: nn.Module, fraction: float) -> None:
         """Move the language model's weights along a straight line to this fraction of the way from the reference's.
 
-        The noise of the updates lies in many directions, what they learned in few, so the KL falls faster than the
-        score (Rame et al. 2024, arXiv 2406.16768, section 3.3). reference: in float32; with adapters it is under them.
+        reference: in float32. See "Linear interpolation towards initialization" in Rame et al. 2024, arXiv 2406.16768.
         """
         for trained, at_start in lora.with_starting_weights(self.model, reference):
             trained.copy_(torch.lerp(at_start.to(trained), trained, fraction))

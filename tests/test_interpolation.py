@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -78,7 +79,7 @@ def runs(chain):
 def test_a_run_differs_in_the_written_policy_only(runs, kind):
     home, said = runs
     names = [f"{kind}_part", f"{kind}_whole"]
-    is_said = ["of the way from the reference to the policy of the log's last update" in said[name] for name in names]
+    is_said = ["is 0.25 of the way from the reference to PPO's policy" in said[name] for name in names]
     assert is_said == [True, False]
     part, whole, start = (load_file(home / f"models/{name}/model.safetensors") for name in (*names, "nlg"))
     for name, weight in start.items():
@@ -105,6 +106,16 @@ def test_runs_are_interpolated_afterwards_as_the_flag_would_have(runs):
     assert all(torch.equal(afterwards[key], at_once[key]) for key in at_once)
     evaluation = json.loads((home / f"data_results/interpolation/{name}/evaluation.json").read_text(encoding="utf-8"))
     assert evaluation["queries"] == 4
+
+
+def test_a_policy_of_another_run_is_not_interpolated(runs):
+    home, _ = runs
+    shutil.copytree(home / "data_results/all_whole", home / "data_results/another")
+    config = json.loads((home / "data_results/another/config.json").read_text(encoding="utf-8"))
+    config["settings"] |= {"run": "another"}  # and the same --out
+    (home / "data_results/another/config.json").write_text(json.dumps(config), encoding="utf-8")
+    said = refused("experiments.interpolation", "--run", "data_results/another", cwd=home)
+    assert "models/all_whole has the policy of data_results/all_whole, which is not data_results/another" in said
 
 
 @pytest.mark.parametrize(
