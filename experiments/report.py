@@ -2,8 +2,8 @@
 
     python -m experiments.report        # writes them from the files in data_results/
 
-report_ppo.py, report_methods.py, report_grids.py, report_rewards.py, report_pretrained.py and report_trials.py have a
-function for every question. The command stops at a sentence that the data no longer supports.
+report_ppo.py, report_methods.py, report_grids.py, report_rewards.py, report_pretrained.py, report_trials.py and
+report_variety.py have a function for every question. The command stops at a sentence that the data no longer supports.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from experiments import (
     report_pretrained,
     report_rewards,
     report_trials,
+    report_variety,
 )
 from experiments.markdown import lines, spread, table, wrapped
 from experiments.report_ppo import DEFAULT, default_runs
@@ -32,6 +33,7 @@ QUESTIONS = (
     *report_rewards.QUESTIONS,
     *report_pretrained.QUESTIONS,
     *report_trials.QUESTIONS,
+    *report_variety.QUESTIONS,
 )
 EXAMPLES, PAIRS_SHOWN = 1, 3  # texts before and after in README.md, of the default run and of a pretrained model
 PAIRS = "pretrained/sentiment_seed0/pairs.csv"  # whose order is random

@@ -105,54 +105,6 @@ def of_critic(results: Path, critic: pd.Series) -> str:
     )
 
 
-def varied(results: Path) -> str:
-    """A higher KL coefficient and a bounded score, on the same models as the default's run OURS; for ethics, made
-    anew with the same commands."""
-    folders = {
-        "reviews: the default": [OURS],
-        "reviews: KL coefficient 0.15": [f"pretrained/trials/kl_coef_0.15_seed{seed}" for seed in range(3)],
-        "reviews: bounded score": [f"pretrained/sentiment/bounded_score_seed{seed}" for seed in range(3)],
-        "reviews: one minibatch, learning rate 1e-4": ["pretrained/sentiment/minibatches_1_lr_1e-4_seed0"],
-        "ethics: the default": [f"pretrained/ethics_seed{seed}" for seed in range(3)],
-        "ethics: bounded score": ["pretrained/ethics/bounded_score_seed0"],
-    }
-    runs = {title: pd.DataFrame([evaluation_of(results / name) for name in names]) for title, names in folders.items()}
-    default, higher, bounded, whole, stories, bounded_stories = runs.values()
-    seeds = {title: f"{title}, {len(of_title)} seed{'s' * (len(of_title) > 1)}" for title, of_title in runs.items()}
-    return section(
-        "What keeps the texts of the pretrained model varied?",
-        "The KL coefficient of the default is 0.1, and its scores are log-odds, which have no end. `--bounded-score` "
-        "takes the probability instead, so that a text that is surely good gains nothing by more praise.",
-        table("runs", {seeds[title]: gains(of_title) for title, of_title in runs.items()}),
-        claim(
-            (higher.kl.max() < default.kl.min() - 0.5)
-            and (bounded.kl.max() < default.kl.min() - 0.3)
-            and min(higher.judge.min(), bounded.judge.min()) > 0.9
-            and max(higher.distinct.max(), bounded.distinct.max()) > default.distinct.max() + 0.05,
-            "On film reviews both go less far than the default, and most of their runs keep more of the distinct "
-            "pairs of words, at some points less of the judge's share.",
-        ),
-        claim(
-            all((of_title.distinct < 0.8).sum() == 1 for of_title in (higher, bounded)),
-            "But neither rules out that the policy repeats itself: one run of three does with each of them, and it is "
-            "no farther from the reference than the others. *A good* is what has become frequent in its samples.",
-        ),
-        claim(
-            whole.distinct[0] > default.distinct[0] + 0.1 and whole.kl[0] > default.kl[0] and whole.judge[0] > 0.9,
-            "A quarter of the optimizer steps, each on a whole batch and twice as long, leaves the texts varied at the "
-            f"default's KL, in one run; the reference finds them less likely ({whole.perplexity[0]:.2f}).",
-        ),
-        claim(
-            bounded_stories.kl.max() < stories.kl.min() - 1 and bounded_stories.distinct.min() > stories.distinct.max(),
-            f"On moral stories, in one run, the bounded score costs {bounded_stories.kl[0]:.1f} nats instead of "
-            f"{stories.kl.min():.1f} and more, for a judge's share of {bounded_stories.judge[0]:.0%} instead of "
-            f"{stories.judge.mean():.0%}.",
-        ),
-        files(results, "finetuning_nlg.py --bounded-score ...", "pretrained/trials", "pretrained/sentiment")
-        + " Two of the bounded runs had the score from a file, which did the same.",
-    )
-
-
 OURS = "peer/sentiment_seed0"  # the default, on the models that the peer and the runs of `lora` and `reviews` have
 PEERS = {
     "sentiment_seed0": "this code",
@@ -280,4 +232,4 @@ def reviews(results: Path) -> str:
     )
 
 
-QUESTIONS = (peer, lora, reviews, varied, trials)
+QUESTIONS = (peer, lora, reviews, trials)
