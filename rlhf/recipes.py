@@ -32,7 +32,6 @@ PPO: Recipe = {
     "ppo_epochs": (2, 1),
     "query_kl": (True, False),
     "reference_samples": (4096, 1024),
-    "interpolate": (1.0, 1.0),
 }
 PEOPLE: Recipe = {"reward_lr": (1e-3, 5e-5)}  # of the reward model, which starts as the policy
 LENGTHS: Recipe = {"query_length": (5, 256), "response_length": (40, 128)}  # flag -> its default for texts, with --chat
