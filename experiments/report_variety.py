@@ -56,21 +56,20 @@ def varied(results: Path) -> str:
     )
 
 
-INTERPOLATED = {  # the name of a run before it was interpolated, with {seed}; seeds, fractions
-    "reviews: the default": ("sentiment_seed{}", 1, (0.9, 0.8, 0.7)),
-    "reviews: one minibatch, learning rate 1e-4": ("minibatches_1_lr_1e-4_seed{}", 3, (0.8,)),
-    "reviews: learning rate 1e-4": ("lr_1e-4_seed{}", 1, (1, 0.7, 0.6, 0.5)),
-    "reviews: the same, KL coefficient 0.05": ("lr_1e-4_kl_coef_0.05_seed{}", 1, (1, 0.7, 0.6, 0.5)),
-    "ethics: bounded score": ("ethics_bounded_score_seed{}", 1, (0.8,)),
+OF_PRETRAINED, SHIPPED = "pretrained/interpolation", "shipped texts: the default, from scratch"
+INTERPOLATED = {  # folder of a run before its fraction and with {} for its seed; number of seeds; fractions
+    "reviews: the default": (f"{OF_PRETRAINED}/sentiment_seed{{}}", 1, (0.9, 0.8, 0.7)),
+    "reviews: one minibatch, learning rate 1e-4": (f"{OF_PRETRAINED}/minibatches_1_lr_1e-4_seed{{}}", 3, (0.8,)),
+    "reviews: learning rate 1e-4": (f"{OF_PRETRAINED}/lr_1e-4_seed{{}}", 1, (1, 0.7, 0.6, 0.5)),
+    "reviews: the same, KL coefficient 0.05": (f"{OF_PRETRAINED}/lr_1e-4_kl_coef_0.05_seed{{}}", 1, (1, 0.7, 0.6, 0.5)),
+    "ethics: bounded score": (f"{OF_PRETRAINED}/ethics_bounded_score_seed{{}}", 1, (0.8,)),
+    SHIPPED: ("interpolation/K2_lr_1e-3_seed{}", 1, (1, 0.9, 0.8)),
 }
 ENDED_AT = {  # where they were evaluated as they ended, in another folder
     "reviews: the default": [OURS],
     "reviews: one minibatch, learning rate 1e-4": ONE_MINIBATCH,
     "ethics: bounded score": ["pretrained/ethics/bounded_score_seed0"],
 }
-
-
-SHIPPED = "shipped texts: the default, from scratch"
 
 
 def interpolation(results: Path) -> str:
@@ -81,10 +80,7 @@ def interpolation(results: Path) -> str:
             runs[title, 1] = [evaluation_of(results / folder) for folder in ENDED_AT[title]]
         for fraction in fractions:
             of_seeds = (f"{name.format(seed)}_interpolate_{fraction:g}" for seed in range(seeds))
-            runs[title, fraction] = [evaluation_of(results / "pretrained/interpolation" / run) for run in of_seeds]
-    for fraction in (1, 0.9, 0.8):
-        shipped = results / f"interpolation/K2_lr_1e-3_seed0_interpolate_{fraction:g}"
-        runs[SHIPPED, fraction] = [evaluation_of(shipped)]
+            runs[title, fraction] = [evaluation_of(results / run) for run in of_seeds]
     runs = {key: pd.DataFrame(rows) for key, rows in runs.items()}
     ends = {title: runs[title, 1] for title, _ in runs}
     first, whole, *_ = INTERPOLATED
@@ -135,7 +131,7 @@ def interpolation(results: Path) -> str:
         files(
             results,
             "python -m experiments.interpolation --run ... --fractions 0.8",
-            "pretrained/interpolation",
+            OF_PRETRAINED,
             "interpolation",
         ),
     )
