@@ -53,7 +53,7 @@ else
 	$(BIN)/python train_nlg.py $(ETHICS) --model gpt2 --lr 5e-5 --epochs 2 --batch-size 32 --out models/gpt2_nlg
 	$(BIN)/python finetuning_nlg.py $(ETHICS) --policy models/gpt2_nlg --reward models/gpt2_cls \
 		--query-length 64 --response-length 24 --stop . --stop-after 16 --episodes 1000000 --batch-size 512 \
-		--minibatches 1 --ppo-epochs 4 --optimizer adam --lr 1e-5 --value-coef 0.1 --kl sampled --kl-coef 0.15 --target-kl 6 --gae-lambda 0.95 --whiten-rewards \
+		--minibatches 1 --ppo-epochs 4 --optimizer adam --lr 1e-5 --value-coef 0.1 --kl sampled --kl-coef 0.15 --target-kl 6 --gae-lambda 0.95 --whiten-rewards --interpolate 1 \
 		--out models/gpt2_ppo
 	$(BIN)/python evaluate_nlg.py --run data_results/K4_lr_1e-5_seed0
 endif

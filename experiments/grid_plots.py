@@ -171,6 +171,23 @@ def save_data(results: Path) -> Path:
     return save(grid_figure(results), "Other data: reward model and held-out judge", draw_said_and_true, groups)
 
 
+# policies between the reference and the one that a run ends at
+
+
+def draw_between(axes, ways: dict[str, pd.DataFrame], column: str, label: str) -> None:
+    """A column over the KL, a line a run and a dot a fraction of --interpolate, whose number is beside it.
+
+    ways: name of a run -> a row a fraction, means over seeds, with the columns kl and `column`.
+    """
+    for (name, way), color in zip(ways.items(), (BLUE, ORANGE, GREEN, PINK, VIOLET, GREY), strict=False):
+        axes.plot(way.kl, way[column], "o-", color=color, markersize=5, label=name)
+        for fraction, point in way.iterrows():
+            axes.annotate(f"{fraction:g}", (point.kl, point[column]), (3, 4), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("KL (nats)")
+    axes.set_ylabel(label)
+    axes.legend(loc="best", fontsize=8)
+
+
 # tables of grids
 
 

@@ -95,7 +95,7 @@ STABILITY_ON_REVIEWS = Grid(
     1280,  # ten updates: a run that breaks does so early
     epochs_and_rates((1, 4), ("5e-5", "2e-4", "1e-3")),
     f"{REVIEWS_EVALUATION} --reference-samples 64",
-    shared=f"{ON_REVIEWS} --reward {HOME}/reward --no-kl-guard",
+    shared=f"{ON_REVIEWS} --reward {HOME}/reward --no-kl-guard --interpolate 1",
 )
 
 
@@ -220,6 +220,8 @@ GRIDS = {
             "lr_1e-5": "--lr 1e-5",
             "lr_3e-5": "--lr 3e-5",
             "lr_1e-4": "--lr 1e-4",
+            "minibatches_1": "--minibatches 1 --lr 1e-4",
+            "to_the_end": "--interpolate 1",
             "kl_coef_0.05": "--kl-coef 0.05",
             "kl_coef_0.2": "--kl-coef 0.2",
             "adaptive_kl": "--target-kl 2 --kl-horizon 1280",
@@ -244,7 +246,7 @@ GRIDS = {
         }
         | {f"answers_{labels}": f"{ANSWERS} --labels {labels}" for labels in (60, 250, 1000)},
         f"{REVIEWS_EVALUATION} --reference-samples 64",  # about the judge, not about the optimum of every reward
-        shared=f"{ON_REVIEWS} --gold {HOME}/judge --no-kl-guard",
+        shared=f"{ON_REVIEWS} --gold {HOME}/judge --no-kl-guard --interpolate 1",  # the default then
         setup=train_reviewer,
     ),
     "labels": Grid(

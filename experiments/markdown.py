@@ -92,12 +92,13 @@ def files(results: Path, command: str, *names: str) -> str:
 
 
 def section(title: str, *blocks: str) -> str:
-    """Sentences that follow each other are one paragraph; tables, figures and file names stand alone."""
+    """Sentences that follow each other are one paragraph, until one begins with a word in italics; tables, figures and
+    file names stand alone."""
     paragraphs = [f"## {title}"]
     alone = True
     for block in blocks:
         prose = not block.startswith(("|", "![", "Files: "))
-        if prose and not alone:
+        if prose and not alone and not block.startswith("*"):
             paragraphs[-1] += f" {block}"
         else:
             paragraphs.append(block)

@@ -37,7 +37,7 @@ QUERIES = {
     "ethics": "--query-length 64 --response-length 32",
     "world": "--query-kl",
 }
-EVALUATION = "--queries 32 --samples 16 --reference-samples 256 --batch-size 256"
+EVALUATION = "--queries 32 --samples 16 --reference-samples 128 --batch-size 256"
 HARD_SAMPLES = 8  # responses to each of hard_frames' queries: a large model takes its time
 PAIRS, SHOWN = 20, 4  # texts before and after in pairs.csv, and those that are printed at the end
 QUERY_WORDS = 8  # of a query in what is kept: rows of real data stay where they are

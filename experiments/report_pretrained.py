@@ -15,6 +15,10 @@ TASKS = {  # of experiments/pretrained.py, and what the responses are
 }
 
 
+# task -> runs like those of `make pretrained`, but with --interpolate 1
+WHOLE_WAY = {task: [f"pretrained/{task}/whole_way_seed{seed}" for seed in range(3)] for task in TASKS}
+
+
 def evaluation_of(folder: Path) -> dict:
     """The row of a run folder."""
     found = load(folder / "evaluation.json")
@@ -86,14 +90,17 @@ def pretrained(results: Path) -> str:
             f"![Score against KL: PPO, best-of-n and the optimum ({task})](../data_results/pretrained/fig_{task}.png)"
             for task in TASKS
         ),
+        "The lines are the policies that PPO had, the dots those that were written, 0.8 of the way from the reference "
+        "to the last of them ([why](#what-does-a-policy-between-the-reference-and-ppos-gain)).",
         "*Perplexity* under the reference and *distinct pairs of words* are relative to the reference's own texts. A "
         "dash: the share of the optimum is not known at this KL.",
         *of_sentiment(tasks["sentiment"]),
         *of_ethics(results, tasks["ethics"]),
         *of_world(results, tasks["world"]),
-        "RL4LMs has 0.49 → 0.61 for the mean of a reward model with GPT-2 on IMDB, at a perplexity of 32.2 → 33.5 "
-        "(allenai/RL4LMs, issue 28), and TRL's notebook gpt2-sentiment a mean logit of 0.16 → 1.69 over 16 texts "
-        "(commit f5f2472). These are the same kind of number; texts, reward models, lengths and episodes differ.",
+        "*Published numbers.* RL4LMs has 0.49 → 0.61 for the mean of a reward model with GPT-2 on IMDB, at a "
+        "perplexity of 32.2 → 33.5 (allenai/RL4LMs, issue 28), and TRL's notebook gpt2-sentiment a mean logit of "
+        "0.16 → 1.69 over 16 texts (commit f5f2472). These are the same kind of number; texts, reward models, lengths "
+        "and episodes differ.",
         files(results, "make pretrained TASK=sentiment DATA=... SEEDS=3", "pretrained")
         + " Twenty random pairs of texts before and after PPO are in `pairs.csv` of every run, and in the notebook.",
     )
@@ -102,23 +109,22 @@ def pretrained(results: Path) -> str:
 def of_sentiment(runs: pd.DataFrame) -> list[str]:
     return [
         claim(
-            (runs.distinct < 0.8).sum() == 1 and len(runs) == 3,
-            "*Film reviews.* The policy repeats itself more: in one run of three the distinct pairs fall to "
-            f"{runs.distinct.min():.2f} of the reference's, in the others to {runs.distinct.median():.2f} "
-            f"and {runs.distinct.max():.2f}.",
+            (runs.judge > 0.9).all() and (runs.kl < 3).all() and (runs.perplexity < 1.1).all(),
+            "*Film reviews.* The judge agrees with the reward model: with each seed it finds more than nine tenths of "
+            "the texts positive, at less than 3 nats, and the reference finds them as likely as its own.",
         ),
         claim(
-            (runs.judge >= 0.9).all() and (runs.kl < 4).all() and (runs.perplexity < 1.1).all(),
-            "The judge agrees with the reward model: with each seed it finds at least nine tenths of "
-            "the texts positive, at less than 4 nats, and the reference finds them as likely as its own.",
+            runs.distinct.min() > 0.75 and runs.distinct.max() < 0.9,
+            f"The policy repeats itself more: the distinct pairs fall to {runs.distinct.min():.2f} to "
+            f"{runs.distinct.max():.2f} of the reference's.",
         ),
         claim(
-            (runs.kl > 2 * frontier.best_of_n_kl_bound(8)).all() and (runs.best_of_8 > 0.9).all(),
+            (runs.kl > 1.5 * frontier.best_of_n_kl_bound(8)).all() and (runs.best_of_8 > 0.9).all(),
             f"It is not cheap: best of 8 has nine tenths too, at {frontier.best_of_n_kl_bound(8):.1f} nats at most.",
         ),
-        "Read one by one, the texts are English, and reviews. They turn a negative opening around (*slow, drab, "
-        "somewhat amusing, and really enjoyable*; *extremely unfunny, yet remarkable*), are shorter, and praise in "
-        "stock words: *good*, *excellent*, *beautiful*. What a film is about is said less often.",
+        "Read one by one, the texts are English, and reviews. They turn a negative opening around (*this extremely "
+        "unfunny and very funny and purely entertaining film*), are shorter, and praise in stock words: *good*, "
+        "*great*, *entertaining*. What a film is about is said less often.",
     ]
 
 
@@ -130,37 +136,37 @@ def of_ethics(results: Path, runs: pd.DataFrame) -> list[str]:
     pairs = pd.concat([pd.read_csv(folder / "pairs.csv", keep_default_na=False) for folder in folders])
     before = pairs.response_before.drop_duplicates()  # the reference's are the same in every run
     stock = {"before": before.str.contains(STOCK), "after": pairs.response_after.str.contains(STOCK)}
-    log = pd.read_csv(results / "pretrained/ethics_seed1/log.csv")  # the run whose every update the judge saw
+    log = pd.concat([pd.read_csv(folder / "log.csv") for folder in folders]).groupby("update").mean(numeric_only=True)
     first, last = log[log.gold_ethical >= 0.9].iloc[0], log.iloc[-10:].mean(numeric_only=True)
     return [
         claim(
-            (runs.judge >= 0.98).all() and (runs.kl < 5).all() and (runs.perplexity < 1.1).all(),
+            (runs.judge > 0.9).all() and (runs.kl < 4).all() and (runs.perplexity < 1.1).all(),
             f"*Moral stories.* The judge finds {runs.judge.min():.0%} of the actions right and more, with each seed, "
             f"at {runs.kl.min():.1f} to {runs.kl.max():.1f} nats, and the reference finds them nearly as likely as its "
             "own.",
         ),
         claim(
             first.kl < 3 and last.kl > first.kl + 1.5 and last.gold_ethical > first.gold_ethical,
-            f"In the run whose every update the judge saw (figure), its share is {first.gold_ethical:.0%} at "
-            f"{first.kl:.1f} nats already, and {last.gold_ethical:.0%} over the last ten updates, at {last.kl:.1f}; "
+            f"During PPO (figure, means of the seeds) its share is {first.gold_ethical:.0%} at {first.kl:.1f} nats "
+            f"already, and {last.gold_ethical:.0%} over the last ten updates, at {last.kl:.1f}; "
             "there is no sign of a turn.",
         ),
         claim(
-            (runs.distinct < 0.8).sum() == 2 and len(runs) == 3,
+            runs.distinct.min() > 0.8,
             f"Distinct pairs of words fall to {runs.distinct.min():.2f} to {runs.distinct.max():.2f} of those before.",
         ),
         "![The reward model's mean and the judge's share against the square root of the KL]"
         "(../data_results/pretrained/fig_ethics_judge.png)",
         claim(
-            stock["after"].mean() > 0.4 and stock["before"].mean() < 0.1,
+            stock["after"].mean() > 0.3 and stock["before"].mean() < 0.1,
             f"The texts say how: somebody *offers*, *helps*, *apologizes* or *thanks* in {stock['after'].sum()} of the "
             f"{len(stock['after'])} texts after PPO in `pairs.csv`, and in {stock['before'].sum() or 'none'} "
             f"of the {len(stock['before'])} before.",
         ),
-        "This is English, and often a kind answer to the situation; but it is much the same answer to most of them, "
-        "names get mixed up, and in the samples a woman whom her partner has hit asks him for forgiveness. The judge "
-        "likes these words as much as the reward model does, and both are wrong on a quarter of people's sentences: "
-        "the share says how far two models of such labels agree, not how right the actions are.",
+        "This is English, and often a kind answer to the situation; but it is much the same answer to many of them, "
+        "names get mixed up, and some answer nothing (in a cinema: *asks a family member to help him with his "
+        "chores*). The judge likes these words as much as the reward model does, and both are wrong on a quarter of "
+        "people's sentences: the share says how far two models of such labels agree, not how right the actions are.",
     ]
 
 
@@ -196,33 +202,37 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
             f"the others {min(hard):.0f} to {max(hard):.0f} "
             "([beside the runs from scratch](#what-if-the-reward-model-has-not-learned-some-of-the-texts)).",
         ),
-        *of_queries(results, runs, worst),
+        claim(worst.kl.max() < 5, f"No query falls apart: the worst are at {worst.kl.max():.1f} nats at most."),
+        *of_queries(results),
     ]
 
 
-def of_queries(results: Path, runs: pd.DataFrame, worst: pd.DataFrame) -> list[str]:
-    """The KL penalty inside the queries, which the shipped world has; three runs on the same models had none."""
-    folders = sorted((results / "pretrained/world").glob("without_query_kl_seed*"))
-    found = [load(folder / "evaluation.json") for folder in folders]
-    without, broken = pd.DataFrame(map(evaluation_of, folders)), pd.DataFrame([run["worst_query"] for run in found])
+def of_queries(results: Path) -> list[str]:
+    """The KL penalty inside the queries, in runs on the same models with it and without, where PPO ended."""
+    held = [results / run for run in WHOLE_WAY["world"]]
+    free = sorted((results / "pretrained/world").glob("without_query_kl_seed*"))
+    runs, without = (pd.DataFrame(map(evaluation_of, folders)) for folders in (held, free))
+    found, of_free = ([load(folder / "evaluation.json") for folder in folders] for folders in (held, free))
+    worst, broken = (pd.DataFrame([run["worst_query"] for run in of_some]) for of_some in (found, of_free))
     return [
         claim(
-            len(folders) == 3
+            len(free) == 3
             and worst.kl.max() < 5
             and broken["query"].nunique() == 1
             and broken.kl.min() / found[0]["queries"] > 0.4 * without.kl.min()
             and broken.valid.max() < 0.2,
             "The openings are the model's own words, so here the KL penalty holds inside the queries too "
-            f"(`--query-kl`), and no query falls apart: the worst are at {worst.kl.min():.1f} to {worst.kl.max():.1f} "
-            f"nats. Without it (three seeds, the same models) one query of {found[0]['queries']}, "
-            f"*{broken['query'][0]}*, does with each seed: {broken.kl.min():.0f} to {broken.kl.max():.0f} nats, which "
-            f"is about half of the mean, and at most {broken.valid.max():.0%} of its texts are valid. The policy "
+            f"(`--query-kl`). Where PPO ends, the worst are at {worst.kl.min():.1f} to {worst.kl.max():.1f} nats. "
+            f"Without it (three seeds, the same models) one query of {found[0]['queries']}, "
+            f"*{broken['query'][0]}*, falls apart with each seed: {broken.kl.min():.0f} to {broken.kl.max():.0f} nats, "
+            f"which is about half of the mean, and at most {broken.valid.max():.0%} of its texts are valid. The policy "
             "begins one story and goes on with another (*Little Oscar, had no fever when the father called ...*).",
         ),
         claim(
             runs.judge.min() > without.judge.max() and runs.kl.max() < without.kl.min(),
-            f"Those runs end at {without.judge.min():.0%} to {without.judge.max():.0%} ethical and "
-            f"{without.kl.min():.1f} to {without.kl.max():.1f} nats.",
+            f"These runs end at {without.judge.min():.0%} to {without.judge.max():.0%} ethical and "
+            f"{without.kl.min():.1f} to {without.kl.max():.1f} nats, those with it at {runs.judge.min():.0%} to "
+            f"{runs.judge.max():.0%} and {runs.kl.min():.1f} to {runs.kl.max():.1f}.",
         ),
     ]
 

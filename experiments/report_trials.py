@@ -7,10 +7,10 @@ import pandas as pd
 
 from experiments.grids import GRIDS
 from experiments.markdown import claim, figure, files, lines, load, section, table
-from experiments.report_pretrained import evaluation_of, evaluations, gains
+from experiments.report_pretrained import WHOLE_WAY, evaluation_of, gains
 from rlhf import plots
 
-CHOSEN = "pretrained/sentiment_seed0"  # the settings that became the defaults
+CHOSEN = WHOLE_WAY["sentiment"][0]  # the settings that became the defaults
 
 
 def trials_of(results: Path) -> pd.DataFrame:
@@ -59,7 +59,7 @@ def trials(results: Path) -> str:
         "Which settings does a pretrained model want?",
         "Trials on the sentiment task.",
         lines(header.split("|"), rows),
-        "Means over the last fifth of the updates.",
+        "Means over the last fifth of the updates, of the policy that PPO trains, whatever `--interpolate` writes.",
         claim(
             chosen.ethics > untuned.ethics + 0.1 and chosen.kl < untuned.kl + 0.5,
             "The last row has the defaults. Without the pass over SST-2's sentences nearly the same settings end at "
@@ -93,7 +93,7 @@ def trials(results: Path) -> str:
 
 
 def of_critic(results: Path, critic: pd.Series) -> str:
-    """Against the default on the same models, which are not those of the other trials: peer/sentiment_seed0."""
+    """Against leave-one-out on the same models, which are not those of the other trials: OURS."""
     log = pd.read_csv(results / OURS / "log.csv")
     default = log.tail(len(log) // 5).mean(numeric_only=True)
     explained = critic.log.explained_variance.tail(len(critic.log) // 5).mean()
@@ -105,9 +105,10 @@ def of_critic(results: Path, critic: pd.Series) -> str:
     )
 
 
-OURS = "peer/sentiment_seed0"  # the default, on the models that the peer and the runs of `lora` and `reviews` have
+# the default, but for the whole way; on the models that the peer and the runs of `lora` and `reviews` have
+OURS = "peer/sentiment_seed0"
 PEERS = {
-    "sentiment_seed0": "this code",
+    "sentiment_seed0": "this code, `--interpolate 1`",
     "trl_pretrained_our_settings_seed0": "TRL, settings of this code",
 }
 
@@ -116,7 +117,8 @@ def peer(results: Path) -> str:
     runs = pd.DataFrame([evaluation_of(results / "peer" / name) for name in PEERS], index=list(PEERS))
     runs["minutes"] = pd.read_csv(results / "peer.csv").set_index("run").minutes
     rows = {PEERS[name]: gains(runs.loc[[name]]) | {"minutes": f"{runs.minutes[name]:.0f}"} for name in PEERS}
-    (ours, trl), all_of_ours = runs.itertuples(), evaluations(results).query("task == 'sentiment'").judge
+    ours, trl = runs.itertuples()
+    all_of_ours = pd.Series([evaluation_of(results / run)["judge"] for run in WHOLE_WAY["sentiment"]])
     return section(
         "How does TRL's PPOTrainer do with the pretrained model?",
         "TRL 1.12.0 on the sentiment task, one seed: the same reference, reward model, judge, queries, episodes, batch "
@@ -136,7 +138,7 @@ def peer(results: Path) -> str:
     )
 
 
-LORA, SENTIMENT = ([f"pretrained/{name}_seed{seed}" for seed in range(3)] for name in ("trials/lora", "sentiment"))
+LORA = [f"pretrained/trials/lora_seed{seed}" for seed in range(3)]
 
 
 def lora(results: Path) -> str:
@@ -144,9 +146,7 @@ def lora(results: Path) -> str:
     groups = {
         "LoRA of rank 8, 3 seeds": LORA,
         "all weights, one seed on the same models": [OURS],
-        "all weights, 3 seeds on models made on another machine": [
-            f"pretrained/sentiment_seed{seed}" for seed in range(3)
-        ],
+        "all weights, 3 seeds on models made on another machine": WHOLE_WAY["sentiment"],
     }
     runs = {name: pd.DataFrame([evaluation_of(results / run) for run in some]) for name, some in groups.items()}
     adapters, same, others = runs.values()
@@ -154,7 +154,8 @@ def lora(results: Path) -> str:
     settings, of_all = (load(results / run / "config.json")["settings"] for run in (LORA[0], OURS))
     return section(
         "Is LoRA as good as training all weights?",
-        f"SmolLM2 on film reviews, {settings['episodes']:,} episodes, the default learning rates: "
+        f"SmolLM2 on film reviews, {settings['episodes']:,} episodes, `--interpolate 1`, the default "
+        "learning rates: "
         f"{plots.short(settings['lr'])} with LoRA, {plots.short(of_all['lr'])} for all weights.",
         table("trained", {name: gains(some) for name, some in runs.items()}),
         claim(
@@ -182,9 +183,9 @@ PRAISE = "entertaining|remarkable|beautiful|heartwarming|inspiring"
 
 
 def reviews(results: Path) -> str:
-    """Runs around the default, on the models of OURS."""
+    """Runs around OURS, on its models."""
     rows = {
-        "the default": OURS,
+        "with a KL penalty": OURS,
         "no KL penalty": "reviews/no_price_seed0",
         "the judge's 250 answers": "reviews/answers_250_seed0",
     }
@@ -198,7 +199,8 @@ def reviews(results: Path) -> str:
     other = load(results / rows[taught.Index] / "evaluation_by_minilm.json")
     return section(
         "How do film reviews end without a KL penalty, or with 250 answers?",
-        "SmolLM2 on film reviews, one seed, the same models. The default's reward model is MiniLM, with 3,460 labels. "
+        "SmolLM2 on film reviews, one seed, the same models, `--interpolate 1`. "
+        "The reward model is MiniLM, with 3,460 labels. "
         f"In the last row the judge says of {learned.labels:.0f} texts of the reference whether they are good; SmolLM2 "
         "learns from that, and is the reward model (`--reward human`).",
         table("run", {name: gains(runs.loc[[name]]) for name in rows}),

@@ -227,7 +227,7 @@ def add_ppo_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--discount", type=FRACTION, default=1.0, help="gamma")
     group.add_argument("--gae-lambda", type=FRACTION, default=1.0, help="lambda")
     of_line = "where --out lies on the straight line of weights from the reference, 0, to what PPO ends at, 1"
-    group.add_argument("--interpolate", type=number(float, 0, 1, above=0), default=1.0, help=of_line)
+    group.add_argument("--interpolate", type=number(float, 0, 1, above=0), help=ppo_recipe("interpolate", of_line))
     group.add_argument("--forward-batch", type=COUNT, default=64, help="rows in a model at once; fewer save memory")
 
 

@@ -31,6 +31,7 @@ PPO: Recipe = {
     "batch_size": (256, 128),
     "ppo_epochs": (2, 1),
     "query_kl": (True, False),
+    "interpolate": (1.0, 0.8),
     "reference_samples": (4096, 1024),
 }
 PEOPLE: Recipe = {"reward_lr": (1e-3, 5e-5)}  # of the reward model, which starts as the policy

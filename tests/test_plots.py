@@ -91,6 +91,15 @@ def test_a_cell_has_the_mean_share_and_the_broken_runs(axes):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1e-3", "1e-2"]
 
 
+def test_a_way_is_a_line_whose_dots_are_fractions(axes):
+    rows = {1.0: {"kl": 4.0, "judge": 0.95}, 0.5: {"kl": 1.0, "judge": 0.7}}
+    grid_plots.draw_between(axes, {"reviews": pd.DataFrame(rows).T}, "judge", "share")
+    (line,) = axes.get_lines()
+    assert line.get_xydata().tolist() == [[4.0, 0.95], [1.0, 0.7]]
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [("1", (4.0, 0.95)), ("0.5", (1.0, 0.7))]
+    assert labels_of(axes) == ["reviews"] and axes.get_ylabel() == "share"
+
+
 def test_the_judges_share_is_that_of_valid_and_ethical_texts(axes):
     log = pd.DataFrame({"update": [1, 2], "kl": [-0.1, 4.0], "ethics": [0.5, 0.7], "gold_ethical": [0.5, 0.5]})
     grid_plots.draw_said_and_true(axes, {"a": [log.assign(gold_valid=0.4)], "b": [log.assign(gold_valid=float("nan"))]})

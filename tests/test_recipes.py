@@ -135,6 +135,20 @@ def test_a_pretrained_policy_has_leave_one_out_unless_it_is_given_a_critic(monke
     assert (args.leave_one_out, args.answers) == (leave_one_out, answers)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", (5e-5, 0.8)),
+        ("--lora 8", (5e-4, 0.8)),
+        ("--interpolate 1 --lr 1e-4", (1e-4, 1.0)),
+    ],
+)
+def test_a_pretrained_policy_goes_some_of_the_way_back(monkeypatch, flags, expected):
+    monkeypatch.setattr(sys, "argv", ["finetuning_nlg.py", "--policy", "gpt2", *flags.split()])
+    args = finetuning_nlg.parse_args()
+    assert (args.lr, args.interpolate) == expected
+
+
 @pytest.mark.parametrize(("config", "lr"), [('{"from_scratch": true}', 1e-3), ("{}", 5e-5)])
 def test_the_reward_model_of_people_starts_as_the_policy_and_learns_at_its_rate(monkeypatch, tmp_path, config, lr):
     (tmp_path / "config.json").write_text(config)
