@@ -53,7 +53,7 @@ def varied(results: Path) -> str:
             f"{stories.kl.min():.1f} and more, for a judge's share of {bounded_stories.judge[0]:.0%} instead of "
             f"{stories.judge.mean():.0%}.",
         ),
-        "What does mend it is below: a policy between the reference and the one that PPO ends at.",
+        "What helps most is below: a policy between the reference and the one that PPO ends at.",
         files(results, "finetuning_nlg.py --bounded-score ...", "pretrained/trials", "pretrained/sentiment")
         + " Two of the bounded runs had the score from a file, which did the same.",
     )
