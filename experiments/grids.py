@@ -170,6 +170,7 @@ GRIDS = {
             for rows in PASSES
             for kl_coef in (0.02, 0.15)
         },
+        "--reference-samples 64",  # about the gold judge, not about the optimum of every reward
         shared="",
         setup=train_classifier,
     ),
@@ -256,6 +257,6 @@ GRIDS = {
             for labels in (60, 250, 1000, 4000)
             for when, rounds in (("offline", 1), ("online", 4))
         },
-        "--reference-samples 64",  # this grid is about the gold judge, not about the optimum of every reward
+        "--reference-samples 64",  # as in the grid `rewards`
     ),
 }
