@@ -53,11 +53,10 @@ How to read the tables:
   beyond the range in which the optimum can be estimated. [metrics.md](metrics.md) has all formulas.
 - Several seeds: the mean, and in brackets the lowest and the highest run.
 
-The ablations, wrong details, stability, numbers of answers and weak reward models were run around the
-default of that time: one pass over a batch (K = 1), queries from valid.txt only, no KL penalty inside the queries, a KL
-coefficient that falls from 0.6 to 0.15, and a classifier that starts as the generator. Their *default* is that one; to
-repeat them exactly, check out the commit in their `config.json`. A commit that ends in `-dirty` had changes that were
-not committed.
+The ablations, wrong details, stability and numbers of answers were run around the default of that time: one pass over a
+batch (K = 1), queries from valid.txt only, no KL penalty inside the queries, a KL coefficient that falls from 0.6 to
+0.15, and a classifier that starts as the generator. Their *default* is that one; to repeat them exactly, check out the
+commit in their `config.json`. A commit that ends in `-dirty` had changes that were not committed.
 
 All runs are on two CPU cores, and on the shipped texts unless the section says otherwise. Speed is in
 [benchmarks/RESULTS.md](../benchmarks/RESULTS.md); killed runs, broken input and precision are in

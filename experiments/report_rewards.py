@@ -162,8 +162,13 @@ def weak_rewards(results: Path) -> str:
     runs = pd.read_csv(results / "rewards.csv")
     paths = [results / f"rewards/{run.variant}_seed{run.seed}/reward_metrics.json" for run in runs.itertuples()]
     runs["right"] = [load(path)["results"]["test"]["accuracy"] for path in paths]
+    evaluations = [load(path.with_name("evaluation.json")) for path in paths]
+    runs["worst_query_valid"] = [evaluation["worst_query"]["valid"] for evaluation in evaluations]
+    before = np.mean([evaluation["gold"]["ethical_before"] for evaluation in evaluations])
     mean = runs.groupby("variant")[["right", "ethics", "gold_ethical"]].mean()
-    free = mean.loc[[f"{count}_rows_kl_coef_0.02" for count in PASSES]]
+    free, held = (mean.loc[[f"{count}_rows_kl_coef_{coefficient}" for count in PASSES]] for coefficient in (0.02, 0.15))
+    low, kept = (runs[runs.variant.str.endswith(f"_{coefficient}")] for coefficient in (0.02, 0.15))
+    apart = low[low.worst_query_kl > 10]
     names = {
         f"{count}_rows_kl_coef_{coefficient}": f"{count:,} labels, KL coefficient {coefficient}"
         for coefficient in (0.02, 0.15)
@@ -172,21 +177,30 @@ def weak_rewards(results: Path) -> str:
     return section(
         "What does PPO do with a weak reward model?",
         f"Classifiers of 100, 1,000 and all {max(PASSES):,} labelled texts, {GRIDS['rewards'].episodes:,} episodes, "
-        "two seeds.",
+        f"{runs.seed.nunique()} seeds of classifier and PPO.",
         claim(
             free.gold_ethical.is_monotonic_increasing and free.right.is_monotonic_increasing,
-            "They are right about {:.1%}, {:.1%} and {:.1%} of the test texts.".format(*free.right)
-            + " With a KL coefficient of 0.02 the texts end {:.1%}, {:.1%} and {:.1%} gold ethical.".format(
-                *free.gold_ethical
+            "They are right about {:.1%}, {:.1%} and {:.1%} of the test texts. With a KL coefficient of 0.02 the texts "
+            "end {:.1%}, {:.1%} and {:.1%} gold ethical, before PPO {:.1%} are.".format(
+                *free.right, *free.gold_ethical, before
             ),
         ),
         claim(
-            free.ethics.iloc[1] > free.gold_ethical.iloc[1] + 0.15 and free.ethics.iloc[1] > free.ethics.iloc[2] - 0.05,
-            "PPO raises each classifier's mean, true or not: the one of 1,000 texts ends at "
-            f"{free.ethics.iloc[1]:.2f}, the one of all texts at {free.ethics.iloc[2]:.2f}.",
+            free.ethics.min() > 0.75,
+            "PPO raises each classifier's mean, true or not: to {:.2f}, {:.2f} and {:.2f}.".format(*free.ethics),
         ),
-        "A higher KL coefficient limits how far the policy moves; it does not make a weak reward model a good one.",
-        table_of_runs("reward model", runs, names, ["right", "ethics", *GOLD]),
+        claim(
+            len(apart) > 4 and apart.worst_query_valid.max() < 0.5 and kept.worst_query_kl.max() < 5,
+            f"But in {len(apart)} of {len(low)} runs one held-out query falls apart, with the best classifier, too: "
+            f"it is {apart.worst_query_kl.min():.0f} to {apart.worst_query_kl.max():.0f} nats from the reference, and "
+            f"at most {apart.worst_query_valid.max():.0%} of the texts after it are valid. With a coefficient of 0.15 "
+            f"the farthest query is {kept.worst_query_kl.min():.1f} to {kept.worst_query_kl.max():.1f} nats away.",
+        ),
+        claim(
+            (held.gold_ethical.to_numpy() < free.gold_ethical.to_numpy() + 0.05).all(),
+            "A higher KL coefficient limits how far a policy moves; it does not make a weak reward model a good one.",
+        ),
+        table_of_runs("reward model", runs, names, ["right", "ethics", *GOLD, "worst_query_kl", "worst_query_valid"]),
         figure("rewards", "Each classifier's mean and the share of valid and ethical texts against the KL"),
         files(results, "python -m experiments.study rewards", "rewards.csv", "rewards"),
     )
