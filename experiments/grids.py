@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 EARLIER = "--ppo-epochs 1 --no-query-kl --kl-coef 0.15 --kl-start 4"  # the default when these grids were run
 UNGUARDED = f"{EARLIER} --no-kl-guard"  # for runs that may break
+ABOUT_THE_JUDGE = "--reference-samples 64"  # an evaluation that does not need the optimum of every reward
 
 
 class Grid(NamedTuple):
@@ -94,7 +95,7 @@ def epochs_and_rates(epochs: tuple[int, ...], rates: tuple[str, ...]) -> dict[st
 STABILITY_ON_REVIEWS = Grid(
     1280,  # ten updates: a run that breaks does so early
     epochs_and_rates((1, 4), ("5e-5", "2e-4", "1e-3")),
-    f"{REVIEWS_EVALUATION} --reference-samples 64",
+    f"{REVIEWS_EVALUATION} {ABOUT_THE_JUDGE}",
     shared=f"{ON_REVIEWS} --reward {HOME}/reward --no-kl-guard --interpolate 1",
 )
 
@@ -170,7 +171,7 @@ GRIDS = {
             for rows in PASSES
             for kl_coef in (0.02, 0.15)
         },
-        "--reference-samples 64",  # about the gold judge, not about the optimum of every reward
+        ABOUT_THE_JUDGE,
         shared="",
         setup=train_classifier,
     ),
@@ -246,7 +247,7 @@ GRIDS = {
             "few_labels_no_price": f"--reward {FEW_LABELS} --kl-coef 0",
         }
         | {f"answers_{labels}": f"{ANSWERS} --labels {labels}" for labels in (60, 250, 1000)},
-        f"{REVIEWS_EVALUATION} --reference-samples 64",  # about the judge, not about the optimum of every reward
+        f"{REVIEWS_EVALUATION} {ABOUT_THE_JUDGE}",
         shared=f"{ON_REVIEWS} --gold {HOME}/judge --no-kl-guard --interpolate 1",  # the default then
         setup=train_reviewer,
     ),
@@ -257,6 +258,6 @@ GRIDS = {
             for labels in (60, 250, 1000, 4000)
             for when, rounds in (("offline", 1), ("online", 4))
         },
-        "--reference-samples 64",  # as in the grid `rewards`
+        ABOUT_THE_JUDGE,
     ),
 }
