@@ -99,10 +99,10 @@ def train_models(args: argparse.Namespace, home: Path) -> tuple[Path, Path, str]
     from_encoder = f"{classify} --model {args.encoder} --lr 5e-5 --out {reward}"
     from_policy = f"{generate} --model {args.policy} --epochs 1 --out {policy}"
     if args.task == "world":
-        hard_frames.write_texts(home / "texts", every=4)  # a pretrained model needs fewer
+        hard_frames.write_texts(home / "texts", every=5)  # a pretrained model needs fewer
         run(from_encoder)
         # its sentences must be learned exactly: with the default rate and batch a quarter of the samples are valid
-        run(f"{from_policy} --lr 3e-4 --batch-size 8 --data {home}/texts")
+        run(f"{from_policy} --lr 5e-4 --batch-size 16 --samples 256 --data {home}/texts")
         return policy, reward, ""
     run(f"experiments.real_data {args.task} --source {args.source} --out {home}/rows")
     run(f"{from_encoder} --data {home}/rows/reward --seed 10")

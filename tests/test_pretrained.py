@@ -80,7 +80,7 @@ def test_in_the_shipped_world_the_language_model_learns_its_texts_and_the_gold_j
         "figure",
     ]
     assert flag(by_script["train_nlg.py"], "model") == pretrained.POLICY
-    assert (flag(by_script["train_nlg.py"], "lr"), flag(by_script["train_nlg.py"], "batch-size")) == ("3e-4", "8")
+    assert (flag(by_script["train_nlg.py"], "lr"), flag(by_script["train_nlg.py"], "batch-size")) == ("5e-4", "16")
     assert flag(by_script["finetuning_nlg.py"], "policy") == flag(by_script["train_nlg.py"], "out")
     assert flag(by_script["finetuning_nlg.py"], "data") == flag(by_script["train_nlg.py"], "data")
     assert flag(by_script["finetuning_nlg.py"], "gold") is None
