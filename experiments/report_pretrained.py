@@ -171,7 +171,9 @@ def of_ethics(results: Path, runs: pd.DataFrame) -> list[str]:
 
 
 def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
-    earlier, generator = (load(results / f"pretrained/world/{name}_metrics.json") for name in ("nlg_at_5e-5", "nlg"))
+    default, earlier, generator = (
+        load(results / f"pretrained/world/{name}_metrics.json") for name in ("nlg_at_5e-5", "nlg_at_3e-4", "nlg")
+    )
     folders = sorted((results / "pretrained").glob("world_seed*"))
     found = [load(folder / "evaluation.json") for folder in folders]
     gold, worst = (pd.DataFrame([run[name] for run in found]) for name in ("gold", "worst_query"))
@@ -180,14 +182,14 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
         [100 * (run["after"][kind]["gold_ethical"] - run["before"][kind]["gold_ethical"]) for run in frames]
         for kind in ("learned", "hard")
     )
-    rate, batch = (generator["settings"][name] for name in ("lr", "batch_size"))
     return [
         claim(
-            earlier["results"]["valid_at_0.7"] < 0.3 and generator["results"]["valid_at_0.7"] > 0.9,
+            default["results"]["valid_at_0.7"] < 0.3 and generator["results"]["valid_at_0.7"] > 0.9,
             "*The shipped world.* Its texts must be learned exactly. A pass over a quarter of them leaves "
-            f"{earlier['results']['valid_at_0.7']:.0%} of SmolLM2's samples valid with the default learning rate and "
-            f"batch, and {generator['results']['valid_at_0.7']:.0%} with {plots.short(rate)} and {batch} texts, which "
-            "this task has.",
+            f"{default['results']['valid_at_0.7']:.0%} of SmolLM2's samples valid with the default learning rate and "
+            f"batch, and {earlier['results']['valid_at_0.7']:.0%} with {rate_and_batch(earlier)}. This task has "
+            f"{rate_and_batch(generator)} on a fifth of them, which takes less time: "
+            f"{generator['results']['valid_at_0.7']:.0%}.",
         ),
         claim(
             (gold.ethical_after > gold.ethical_before + 0.1).all() and runs.fraction_of_optimum.max() < 0.7,
@@ -207,8 +209,13 @@ def of_world(results: Path, runs: pd.DataFrame) -> list[str]:
     ]
 
 
+def rate_and_batch(metrics: dict) -> str:
+    """Of a generator's metrics.json."""
+    return f"{plots.short(metrics['settings']['lr'])} and {metrics['settings']['batch_size']} texts a step"
+
+
 def of_queries(results: Path) -> list[str]:
-    """The KL penalty inside the queries, in runs on the same models with it and without, where PPO ended."""
+    """The KL penalty inside the queries, in runs on an earlier generator with it and without, where PPO ended."""
     held = [results / run for run in WHOLE_WAY["world"]]
     free = sorted((results / "pretrained/world").glob("without_query_kl_seed*"))
     runs, without = (pd.DataFrame(map(evaluation_of, folders)) for folders in (held, free))
@@ -222,15 +229,16 @@ def of_queries(results: Path) -> list[str]:
             and broken.kl.min() / found[0]["queries"] > 0.4 * without.kl.min()
             and broken.valid.max() < 0.2,
             "The openings are the model's own words, so here the KL penalty holds inside the queries too "
-            f"(`--query-kl`). Where PPO ends, the worst are at {worst.kl.min():.1f} to {worst.kl.max():.1f} nats. "
-            f"Without it (three seeds, the same models) one query of {found[0]['queries']}, "
+            "(`--query-kl`). Six runs with the generator of 8 texts a step show why. Where PPO ends with it, the worst "
+            f"queries are at {worst.kl.min():.1f} to {worst.kl.max():.1f} nats. "
+            f"Without it one query of {found[0]['queries']}, "
             f"*{broken['query'][0]}*, falls apart with each seed: {broken.kl.min():.0f} to {broken.kl.max():.0f} nats, "
             f"which is about half of the mean, and at most {broken.valid.max():.0%} of its texts are valid. The policy "
             "begins one story and goes on with another (*Little Oscar, had no fever when the father called ...*).",
         ),
         claim(
             runs.judge.min() > without.judge.max() and runs.kl.max() < without.kl.min(),
-            f"These runs end at {without.judge.min():.0%} to {without.judge.max():.0%} ethical and "
+            f"The runs without it end at {without.judge.min():.0%} to {without.judge.max():.0%} ethical and "
             f"{without.kl.min():.1f} to {without.kl.max():.1f} nats, those with it at {runs.judge.min():.0%} to "
             f"{runs.judge.max():.0%} and {runs.kl.min():.1f} to {runs.kl.max():.1f}.",
         ),

@@ -65,7 +65,7 @@ def at_fractions(run: str, seeds: int, *fractions: float) -> dict[float, list[st
 
 
 BETWEEN = "pretrained/interpolation"
-WORLD, SHIPPED = "world: the default", "shipped texts: the default, from scratch"
+WORLD, SHIPPED = "world: an earlier generator", "shipped texts: the default, from scratch"
 DEFAULT, OF_ONE, FARTHER = (
     "reviews: the default",
     "reviews: one minibatch, learning rate 1e-4",
@@ -82,7 +82,7 @@ INTERPOLATED = {  # runs -> fraction -> folders, a seed each
     FARTHER: at_fractions(f"{BETWEEN}/lr_1e-4_kl_coef_0.05", 1, 1, 0.7, 0.6, 0.5),
     "ethics: bounded score": {1: ["pretrained/ethics/bounded_score_seed0"]}
     | at_fractions(f"{BETWEEN}/ethics_bounded_score", 1, 0.8),
-    WORLD: {1: WHOLE_WAY["world"], 0.8: [f"pretrained/world_seed{seed}" for seed in range(3)]},
+    WORLD: {1: WHOLE_WAY["world"]} | at_fractions(f"{BETWEEN}/world", 3, 0.8),
     SHIPPED: at_fractions("interpolation/K2_lr_1e-3", 1, 1, 0.9, 0.8),
 }
 
