@@ -38,7 +38,9 @@ QUERIES = {
     "world": "--query-kl",
 }
 EVALUATION = "--queries 32 --samples 16 --reference-samples 128 --batch-size 256"
-HARD_SAMPLES = 8  # responses to each of hard_frames' queries: a large model takes its time
+# a large model takes its time
+HARD_SAMPLES = 8  # responses to each of hard_frames' queries
+REPORT_SAMPLES = 256  # of world's generator, for its report
 PAIRS, SHOWN = 20, 4  # texts before and after in pairs.csv, and those that are printed at the end
 QUERY_WORDS = 8  # of a query in what is kept: rows of real data stay where they are
 
@@ -102,7 +104,7 @@ def train_models(args: argparse.Namespace, home: Path) -> tuple[Path, Path, str]
         hard_frames.write_texts(home / "texts", every=5)  # a pretrained model needs fewer
         run(from_encoder)
         # its sentences must be learned exactly: with the default rate and batch a quarter of the samples are valid
-        run(f"{from_policy} --lr 5e-4 --batch-size 16 --samples 256 --data {home}/texts")
+        run(f"{from_policy} --lr 5e-4 --batch-size 16 --samples {REPORT_SAMPLES} --data {home}/texts")
         return policy, reward, ""
     run(f"experiments.real_data {args.task} --source {args.source} --out {home}/rows")
     run(f"{from_encoder} --data {home}/rows/reward --seed 10")

@@ -230,11 +230,11 @@ def of_queries(results: Path) -> list[str]:
             and broken.valid.max() < 0.2,
             "The openings are the model's own words, so here the KL penalty holds inside the queries too "
             "(`--query-kl`). Six runs with the generator of 8 texts a step show why. Where PPO ends with it, the worst "
-            f"queries are at {worst.kl.min():.1f} to {worst.kl.max():.1f} nats. "
-            f"Without it one query of {found[0]['queries']}, "
-            f"*{broken['query'][0]}*, falls apart with each seed: {broken.kl.min():.0f} to {broken.kl.max():.0f} nats, "
-            f"which is about half of the mean, and at most {broken.valid.max():.0%} of its texts are valid. The policy "
-            "begins one story and goes on with another (*Little Oscar, had no fever when the father called ...*).",
+            f"queries are at {worst.kl.min():.1f} to {worst.kl.max():.1f} nats. Without it one query of "
+            f"{found[0]['queries']}, *{broken['query'][0]}*, falls apart with each seed: {broken.kl.min():.0f} to "
+            f"{broken.kl.max():.0f} nats, which is about half of the mean, and at most {broken.valid.max():.0%} of its "
+            "texts are valid. The policy begins one story and goes on with another (*Little Oscar, had no fever when "
+            "the father called ...*).",
         ),
         claim(
             runs.judge.min() > without.judge.max() and runs.kl.max() < without.kl.min(),
