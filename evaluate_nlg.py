@@ -63,8 +63,7 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         settings = argparse.Namespace(**outputs.settings_of(config))
-        specs = [settings.reward] if isinstance(settings.reward, str) else settings.reward  # as old runs have it
-        settings.reward = rewards.with_saved_human_model(specs, settings.out)
+        settings.reward = rewards.with_saved_human_model(rewards.as_list(settings.reward), settings.out)
         return settings, config
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--run {folder} is no run folder of finetuning_nlg.py: {error!r}") from error
@@ -76,6 +75,7 @@ def load_tuned(folder: str | None, run: Path, config: dict, tokenizer):
     name = folder or trained["out"]
     if folder is None:
         outputs.refuse_policy_of_another_run(run, trained)
+    outputs.refuse_reward_of_another_run(run, trained)
     policy, its_tokenizer = models.load_policy(name, "--policy")
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--policy {name} has another vocabulary than its reference {trained['policy']}")

@@ -38,6 +38,7 @@ from rlhf import (
     recipes,
     rewards,
     runtime,
+    user_code,
     task,
 )
 from rlhf.errors import UserError
@@ -86,6 +87,7 @@ def parse_args() -> argparse.Namespace:
     asks_people = rewards.includes_people(args.reward)
     if not asks_people:
         human_flags.refuse_without_people(args, of_people)
+    human_flags.refuse_contradictions(args)
     flags.fill(args)
     recipes.fill(args, recipes.with_lora(recipes.PPO, args.lora) | recipes.PEOPLE, args.policy)
     flags.check_lora(args, args.policy, "--policy")
@@ -180,7 +182,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
 def print_memory(args: argparse.Namespace) -> None:
     """What the run would take, from the configurations of its models."""
     specs = [rewards.weight_and_reward(spec)[1] for spec in args.reward]
-    of_models = [spec for spec in specs if spec != "human" and not rewards.is_function(spec)]
+    of_models = [spec for spec in specs if spec != "human" and not user_code.is_function(spec)]
     judges = [models.load_config(spec, "--reward") for spec in of_models]
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(memory.Settings)}
     print(memory.estimate(models.load_config(args.policy, "--policy"), judges, memory.Settings(**settings)).table())
@@ -304,7 +306,7 @@ def ask_people(args, human, policy, prompts, queries: list[str], sampling: Sampl
 def finish(args, policy, reward, prompts, sampling, human, log, evaluations, kl_guard, provenance: dict) -> None:
     """Write the last policy, the best, or the last good one of a run that the guard has stopped; and say which."""
     chosen = (evaluations.bring_back_best(policy) if args.keep_best else None) or kl_guard.chosen
-    out = f"{args.out}_stopped" if kl_guard.chosen else args.out
+    out = outputs.stopped_folder(args.out) if kl_guard.chosen else args.out
     if args.interpolate < 1:
         reference, *_ = models.load_policy(args.policy, "--policy", args.chat)  # in float32: its weights were rounded
         policy.interpolate(reference, args.interpolate)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from experiments.commands import ROOT, start
-from rlhf import cli, models, prompting, querying, rewards, runtime
+from rlhf import cli, models, prompting, querying, runtime, user_code
 from rlhf.errors import UserError
 from rlhf.human import annotator, answers, questions
 from rlhf.sampling import Sampling
@@ -91,7 +91,7 @@ def perfect_accuracy(folder: Path) -> float:
     """
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = [row["query"] + row[f"sample{i}"] for row in rows for i in range(SAMPLES)]
-    verdicts = map(rewards.load_function(JUDGE, "the judge"), texts)
+    verdicts = map(user_code.load_function(JUDGE, "the judge"), texts)
     worth = np.array([verdict.label if verdict.valid else -1 for verdict in verdicts]).reshape(-1, SAMPLES)
     return float((1 / (worth == worth.max(1, keepdims=True)).sum(1)).mean())
 

@@ -26,7 +26,8 @@ def conversations_of(rows: datasets.Dataset, text_columns: list[str] | None, spl
     split: its name, for what is said of its rows.
     """
     columns = [name for name in text_columns or COLUMNS if name in rows.column_names]
-    hold_messages = any(isinstance(rows[0][name], list) for name in columns)
+    first = {name: next((cell for cell in rows[name] if cell), None) for name in columns}  # that is not empty
+    hold_messages = any(isinstance(cell, list) for cell in first.values())
     if not columns or (text_columns and not hold_messages):
         return [from_text(text) for text in data.texts_of(rows, text_columns, split) if text]
     conversations = []

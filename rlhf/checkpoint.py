@@ -3,17 +3,19 @@
 import argparse
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import filelock
+import numpy as np
 import torch
 
 from rlhf import distributed
 from rlhf.errors import Stopped, UserError, caught_signals
 
-FORMAT = 5  # of the file; a file of another format is refused
+FORMAT = 6  # of the file; a file of another format is refused
 MAY_CHANGE = {"resume", "save_every", "device", "tensorboard", "page", "activation_checkpointing"}
 # flags that change results by rounding at most
 
@@ -68,7 +70,7 @@ def opened(args: argparse.Namespace, *folders: Path) -> Iterator[Checkpoints]:
 
     --out and `folders` are locked for other processes meanwhile. The checkpoint is removed when the run is done.
     """
-    refuse_other_than_model(Path(args.out))
+    refuse_other_than_model(args.out)
     path = Path(f"{args.out}.checkpoint")
     settings = vars(args) | {"nproc_per_node": distributed.world_size()}
     with contextlib.ExitStack() as stack:
@@ -85,15 +87,18 @@ def opened(args: argparse.Namespace, *folders: Path) -> Iterator[Checkpoints]:
             path.unlink(missing_ok=True)
 
 
-def refuse_other_than_model(out: Path) -> None:
-    """What the finished model takes the place of must be a model, or nothing."""
+def refuse_other_than_model(folder: str) -> None:
+    """What a finished model takes the place of must be a model, or nothing."""
+    out = Path(folder)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not any(out.glob("*.safetensors"))):
-        raise UserError(f"--out {out} is there and is no model folder, and would be replaced; give another folder")
+        raise UserError(f"{out} is there and is no model folder, and --out would replace it; give another --out")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Refuse a folder that another process writes to; the lock dies with its process."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, and a folder is to be written there; give another name")
     locks = folder.parent / ".locks"  # apart, so that a pattern like data_results/K1* finds run folders only
     try:
         locks.mkdir(parents=True, exist_ok=True)
@@ -162,13 +167,17 @@ def cpu_copy(state: Any) -> Any:
 
 
 class RandomState:
-    """The states of torch's own random generators and of some others on the CPU, in every process."""
+    """The states of torch's, Python's and NumPy's own random generators, which a user's reward may use, and of some
+    others of torch on the CPU, in every process."""
 
     def __init__(self, *generators: torch.Generator):
         self._generators = generators
 
     def state_dict(self) -> list[dict]:
         state = {"cpu": torch.get_rng_state(), "own": [generator.get_state() for generator in self._generators]}
+        numpy = np.random.get_state(legacy=False)
+        numpy["state"]["key"] = numpy["state"]["key"].tolist()  # a checkpoint holds no arrays
+        state |= {"python": random.getstate(), "numpy": numpy}
         if torch.cuda.is_initialized():  # only where the run is on CUDA: asking a GPU takes memory on it
             state["cuda"] = torch.cuda.get_rng_state()
         return distributed.gather([state])
@@ -176,6 +185,8 @@ class RandomState:
     def load_state_dict(self, state: list[dict]) -> None:
         own = state[distributed.rank()]
         torch.set_rng_state(own["cpu"])
+        random.setstate(own["python"])
+        np.random.set_state(own["numpy"])
         for generator, of_generator in zip(self._generators, own["own"], strict=True):
             generator.set_state(of_generator)
         if "cuda" in own and torch.cuda.is_initialized():  # dropout's; a run that goes on on a CPU has other ones

@@ -27,7 +27,7 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
-        sys.exit(fail(f"{error}; make room or give another folder, and go on with --resume"))
+        sys.exit(fail(f"{error}; make room or give another folder, and go on, with --resume where a script has it"))
 
 
 def fail(message) -> int:

@@ -124,6 +124,8 @@ def fill(args: argparse.Namespace) -> None:
     """Give the flags of finetuning_nlg.py that depend on other flags their defaults."""
     if args.leave_one_out is None and (args.value_coef or args.value_lr or args.critic_warmup or args.separate_value):
         args.leave_one_out = False  # who asks for a critic gets one
+    if args.leave_one_out and args.value_coef:
+        raise UserError("--value-coef is for the critic, and --leave-one-out has none")
     if args.leave_one_out is False and args.answers is None:
         args.answers = 1
     if args.start_from and args.kl_start is None:
@@ -133,7 +135,11 @@ def fill(args: argparse.Namespace) -> None:
         raise UserError("--query-kl is for queries that may end earlier; with --chat none does")
     if args.chat:
         args.query_kl = False
-    elif args.reward_sees != "both":
+    elif args.kl == "sampled" and args.query_kl:
+        raise UserError("--query-kl is a part of the exact penalty; with --kl sampled nothing is sampled in a query")
+    elif args.kl == "sampled":
+        args.query_kl = False
+    if not args.chat and args.reward_sees != "both":
         raise UserError(f"--reward-sees {args.reward_sees} is about the replies of --chat")
 
 

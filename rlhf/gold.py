@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf import flags, rewards
+from rlhf import flags, rewards, user_code
 
 Judge = Callable[[list[str]], np.ndarray]  # texts -> [N, 2]: valid, ethical; 1 or 0, or NaN where it cannot tell
 
@@ -17,7 +17,7 @@ def load_judge(spec: str, texts: list[str], device: torch.device, precision_name
     where the default's file is missing: a project with data of its own need not have it."""
     if spec == "none":
         return None
-    if not rewards.is_function(spec):
+    if not user_code.is_function(spec):
         raw_score = rewards.frozen_model(*rewards.load_model(spec, "--gold"), device, precision_name)
 
         def judge_by_classifier(texts: list[str]) -> np.ndarray:
@@ -26,7 +26,7 @@ def load_judge(spec: str, texts: list[str], device: torch.device, precision_name
         return judge_by_classifier
     if spec == flags.DEFAULT_GOLD and not Path(spec.rpartition(":")[0]).is_file():
         return None
-    judge = rewards.load_judge_function(spec)
+    judge = user_code.load_judge_function(spec)
     return judge if judge(texts[:100])[:, 0].mean() > 0.5 else None
 
 

@@ -40,6 +40,8 @@ class KLGuard:
         update sampled. A KL that is not finite is above every limit."""
         if self._limit is None:
             return None
+        if update == 1:  # the rollout of what the run began with, which --start-from may have brought far
+            self._good["kl"] = kl
         if kl <= self._limit:
             self._updates_above = 0
             if self._candidate:
@@ -74,12 +76,13 @@ class KLGuard:
         if action == WENT_BACK:
             self._times_back += 1
             return where
-        self.chosen = Chosen(self._good["update"], "the last below --kl-limit", {"kl": self._good["kl"]})
+        reason = "the last below --kl-limit" if self._good["kl"] <= self._limit else "none was below --kl-limit"
+        self.chosen = Chosen(self._good["update"], reason, {"kl": self._good["kl"]})
         return f"{where}, and the run stops"
 
     def _snapshot(self, update: int) -> dict:
         states = {name: each.state_dict() for name, each in self._training.items()}
-        return {"update": update, "kl": 0.0} | cpu_copy(states)
+        return {"update": update, "kl": None} | cpu_copy(states)
 
     def raise_if_stopped(self, out: str, saved_to: str, update: int) -> None:
         """End a run that the guard has stopped; the folder saved_to has its policy after this update."""

@@ -39,11 +39,15 @@ def split_queries(texts: list[str], tokenizer, length: int) -> tuple[list[str], 
 
 
 def whole_text(tokenizer, ids: list[int]) -> str:
-    """The text of token ids, without the last ones if they are a part of a character only."""
-    text = tokenizer.decode(ids)
+    """The text of token ids, without special tokens, and without the last ones if they are a part of a character."""
+
+    def text_of(ids: list[int]) -> str:  # special tokens are left out of a response's text, too
+        return tokenizer.decode(ids, skip_special_tokens=True) or tokenizer.decode(ids)
+
+    text = text_of(ids)
     while len(ids) > 1 and text.endswith("\ufffd"):
         ids = ids[:-1]
-        text = tokenizer.decode(ids)
+        text = text_of(ids)
     return text
 
 

@@ -49,12 +49,17 @@ def kind_of(name: str) -> str:
     """The kind of a model that a flag names: scratch..., a folder, or a hub name."""
     if is_new(name):
         return FROM_SCRATCH
-    config = Path(name) / "config.json"
-    try:
-        from_scratch = json.loads(config.read_text(encoding="utf-8")).get("from_scratch", False)
-    except (OSError, ValueError, AttributeError):  # loading the model says what is wrong with it
-        from_scratch = False
+    base = _setting(Path(name) / "adapter_config.json", "base_model_name_or_path")
+    from_scratch = _setting(Path(base or name) / "config.json", "from_scratch")
     return FROM_SCRATCH if from_scratch else PRETRAINED
+
+
+def _setting(file: Path, name: str) -> Any:
+    """Of a model's configuration file; None where there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError):  # loading the model says what is wrong with it
+        return None
 
 
 def with_lora(recipe: Recipe, rank: int | None) -> Recipe:

@@ -5,20 +5,18 @@ function of the user's.
 """
 
 import functools
-import importlib.util
 import inspect
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from rlhf import distributed, models, precision, prompting
+from rlhf import distributed, models, precision, prompting, runtime, user_code
 from rlhf.errors import UserError
 from rlhf.forward import classifier_logits
 
@@ -118,9 +116,10 @@ def load(
     for spec in specs:
         weight, what = weight_and_reward(spec)
         in_log_odds = False
-        if is_function(what):
-            file, function = file_and_function(what, "--reward")
-            name, raw_score = f"{Path(file).stem}.{function}", user_function(load_function(what, "--reward"), split)
+        if user_code.is_function(what):
+            file, function = user_code.file_and_function(what, "--reward")
+            name = f"{Path(file).stem}.{function}"
+            raw_score = user_function(user_code.load_function(what, "--reward"), split)
         else:
             name, (model, tokenizer) = Path(what).name, human if what == "human" else load_model(what)
             if what != "human":  # that one still learns
@@ -129,7 +128,7 @@ def load(
             raw_score = functools.partial(score_texts if in_log_odds else probabilities, model, tokenizer)
         if name in [part.name for part in parts]:
             name += f"_{len(parts) + 1}"
-        parts.append(Part(name, weight, checked(raw_score, f"--reward {spec}"), in_log_odds))
+        parts.append(Part(name, weight, user_code.checked(raw_score, f"--reward {spec}"), in_log_odds))
     return Reward(parts, missing_stop_score)
 
 
@@ -147,7 +146,17 @@ def includes_people(specs: list[str]) -> bool:
 
 def with_saved_human_model(specs: list[str], out: str) -> list[str]:
     """The specs after training, when the model of people's answers is a folder beside the policy."""
-    return [re.sub(r"(^|\*)human$", lambda match: f"{match[1]}{out}_reward", spec) for spec in specs]
+    return [re.sub(r"(^|\*)human$", lambda match: f"{match[1]}{human_folder(out)}", spec) for spec in specs]
+
+
+def human_folder(out: str) -> str:
+    """The folder of the model of people's answers."""
+    return f"{out}_reward"
+
+
+def as_list(specs: str | list[str]) -> list[str]:
+    """The specs in the settings of a run: old runs have one, without a list."""
+    return [specs] if isinstance(specs, str) else specs
 
 
 def load_model(name: str, flag: str = "--reward"):
@@ -168,7 +177,18 @@ def freeze(model, device: torch.device, precision_name: str) -> None:
 
 def score_texts(model, tokenizer, queries: list[str], texts: list[str]) -> np.ndarray:
     """A model's raw scores of whole texts; which part of them is the query makes no difference to it."""
+    warn_of_cut_texts(model, tokenizer, texts)
     return log_odds(model, tokenizer, texts, model.device)
+
+
+def warn_of_cut_texts(model, tokenizer, texts: list[str]) -> None:
+    """Say it if the longest text is longer than the model reads: what its end says is not scored."""
+    tokens, length = len(tokenizer(max(texts, key=len, default=""))["input_ids"]), models.max_length(model, tokenizer)
+    if tokens > length:
+        runtime.warn_once(
+            f"texts of {tokens} tokens and more are scored by their first {length}, all that {model.name_or_path} "
+            "reads; give a shorter --response-length or --query-length, or a model that reads more"
+        )
 
 
 def probabilities(model, tokenizer, queries: list[str], texts: list[str]) -> np.ndarray:
@@ -182,11 +202,11 @@ def probability(log_odds: np.ndarray) -> np.ndarray:
 
 def user_function(function: Callable, split: Split) -> RawScore:
     """The raw scores of a function of the texts, or, if it takes two arguments, of the queries and the responses."""
-    needed = [
-        parameter
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind <= parameter.POSITIONAL_OR_KEYWORD
-    ]
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some that are written in C have none
+        parameters = ()
+    needed = [x for x in parameters if x.default is x.empty and x.kind <= x.POSITIONAL_OR_KEYWORD]
 
     def raw_score(queries: list[str], texts: list[str]) -> np.ndarray:
         if len(needed) < 2:
@@ -198,95 +218,11 @@ def user_function(function: Callable, split: Split) -> RawScore:
     return raw_score
 
 
-def checked(score: Callable[..., Any], name: str) -> Callable[..., np.ndarray]:
-    """The same, with a UserError, which begins with `name`, where it fails or does not give one finite number for every
-    text. The texts are its last argument."""
-    numbers = guarded(lambda *arguments: np.asarray(score(*arguments), dtype=float), name)
-
-    def checked_score(*arguments: list[str]) -> np.ndarray:
-        scores, texts = numbers(*arguments), arguments[-1]
-        if scores.shape != (len(texts),):
-            raise UserError(f"{name} gave scores of shape {scores.shape} for {len(texts)} texts")
-        if not np.isfinite(scores).all():
-            bad = np.flatnonzero(~np.isfinite(scores))[0]
-            raise UserError(f"{name} gave {scores[bad]} for the text {texts[bad]!r}")
-        return scores
-
-    return checked_score
-
-
-def guarded(function: Callable, name: str) -> Callable:
-    """The same, with a UserError, which begins with `name`, where it fails: it may be the user's own code."""
-
-    def guarded_function(*arguments):
-        try:
-            return function(*arguments)
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise UserError(f"{name} failed: {error!r}") from error
-
-    return guarded_function
-
-
-def is_function(spec: str) -> bool:
-    return ".py:" in spec or spec.endswith(".py")
-
-
 def refuse_missing_files(specs: list[str]) -> None:
     """A UserError for a weight or a file that cannot be, before models are loaded."""
     for _, what in map(weight_and_reward, specs):
-        if is_function(what):
-            file_and_function(what, "--reward")
-
-
-def file_and_function(spec: str, flag: str) -> tuple[str, str]:
-    """The file, which is there, and the function of FILE.py:FUNCTION."""
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        lacking = "it names no function" if Path(spec).is_file() else f"there is no file {file or spec}"
-        raise UserError(f"{flag} {spec}: {lacking}; give FILE.py:FUNCTION")
-    return file, name
-
-
-def load_function(spec: str, flag: str) -> Callable:
-    """FILE.py:FUNCTION"""
-    file, name = file_and_function(spec, flag)
-    module_spec = importlib.util.spec_from_file_location(f"rlhf_user_{Path(file).stem}", file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # where dataclasses look for the module that they are defined in
-    try:
-        module_spec.loader.exec_module(module)
-        function = getattr(module, name)
-    except Exception as error:
-        raise UserError(f"{flag} {spec} cannot be loaded: {error!r}") from error
-    if not callable(function):
-        raise UserError(f"{flag} {spec}: {name} is {function!r}, not a function; name one of {file}")
-    return function
-
-
-def load_judge_function(spec: str) -> Callable[[list[str]], np.ndarray]:
-    """The function from texts to verdicts [N, 2] of FILE.py:FUNCTION, which takes one text and returns (valid, label).
-
-    The label is 1 for an ethical text. A UserError says where the function fails or returns something else.
-    """
-    function = guarded(load_function(spec, "--gold"), f"--gold {spec}")
-
-    def verdict(text: str) -> tuple[float, float]:
-        answer = function(text)
-        try:
-            valid, label = answer
-            numbers = float(valid), float(label or 0)  # an invalid text may have the label None
-        except (TypeError, ValueError):
-            numbers = (np.nan, np.nan)
-        if not np.isfinite(numbers).all():
-            raise UserError(f"--gold {spec} gave {answer!r} for the text {text!r}; it must return (valid, label)")
-        return numbers
-
-    def judge(texts: list[str]) -> np.ndarray:
-        return np.array([verdict(text) for text in texts], dtype=float).reshape(-1, 2)
-
-    return judge
+        if user_code.is_function(what):
+            user_code.file_and_function(what, "--reward")
 
 
 # models

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import io
 import json
 import logging
@@ -72,6 +73,13 @@ def print_device(device: torch.device, dtype: torch.dtype) -> None:
     print(f"device {device.type}, matrix products in {precision.dtype_name(dtype)}")
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """On stderr, where a progress bar survives it."""
+    if distributed.rank() == 0:
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 def keep_memory() -> None:
     """Make glibc keep the memory of freed tensors for the next ones, which would cost page faults otherwise.
 
@@ -122,7 +130,7 @@ def progress(label: str, unit: str, done: int, total: int) -> tqdm:
 
 @distributed.main_process_only
 def write_json(path: Path, value: dict) -> Path:
-    """Write a value, NaN as null: JSON has no NaN."""
+    """Write a value, NaN as null: JSON has no NaN. The previous file stays until this one is whole."""
 
     def without_nan(x):
         if isinstance(x, dict):
@@ -132,7 +140,13 @@ def write_json(path: Path, value: dict) -> Path:
         return None if isinstance(x, float) and math.isnan(x) else x
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(without_nan(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_text(json.dumps(without_nan(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
     return path
 
 

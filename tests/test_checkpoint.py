@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import math
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import ppo
-from rlhf import checkpoint, cli, models, run_log, supervised
+from rlhf import checkpoint, cli, models, run_log, runtime, supervised
 from rlhf.errors import UserError
 from rlhf.policy import PolicyWithValue
 from tests.conftest import TINY_RUN, refused, run
@@ -87,6 +88,23 @@ def test_a_folder_in_use_is_refused(chain):
     assert "data_results/busy is in use by another process" in said
 
 
+def test_the_random_numbers_of_a_users_reward_go_on(tmp_path):
+    def draw():
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+    states = checkpoint.RandomState()
+    draw()  # NumPy keeps the second of two normal numbers for the next call
+    checkpoint.save(tmp_path / "x", {"format": checkpoint.FORMAT, "settings": {}, "random": states.state_dict()})
+    drawn = draw()
+    states.load_state_dict(checkpoint.load(tmp_path / "x", {})["random"])
+    assert draw() == drawn
+
+
+def test_a_file_where_the_run_folder_should_be(chain):
+    said = refused("finetuning_nlg", *TINY_RUN, "--run", "cls_metrics.json", "--out", "models/odd", cwd=chain[0])
+    assert "data_results/cls_metrics.json is a file, and a folder is to be written there" in said
+
+
 def test_a_file_that_is_no_checkpoint(tmp_path):
     path = tmp_path / "x.checkpoint"
     checkpoint.save(path, {"format": checkpoint.FORMAT, "settings": SETTINGS, "weights": torch.ones(1000)})
@@ -97,7 +115,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
         with pytest.raises(UserError, match="is no checkpoint of this project"):
             checkpoint.load(path, SETTINGS)
     checkpoint.save(path, {"format": 0, "settings": SETTINGS})
-    with pytest.raises(UserError, match="has format 0, not 5"):
+    with pytest.raises(UserError, match="has format 0, not 6"):
         checkpoint.load(path, SETTINGS)
     torch.save({"format": checkpoint.FORMAT, "settings": print}, path)  # code in it is not run
     with pytest.raises(UserError, match="is no checkpoint of this project"):
@@ -126,6 +144,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
         checkpoint.save(path, state | {"step": 2, "weights": torch.ones(100_000)})
     assert checkpoint.load(path, SETTINGS)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["x.checkpoint"]
+
+
+def test_a_full_disk_leaves_the_results_before(tmp_path):
+    path = runtime.write_json(tmp_path / "evaluation.json", {"kl": 1.0})
+    with small_disk(), pytest.raises(OSError):
+        runtime.write_json(path, {"kl": [2.0] * 100_000})
+    assert json.loads(path.read_text()) == {"kl": 1.0}
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 def test_a_full_disk_leaves_the_model_before(chain, tmp_path):

@@ -149,6 +149,7 @@ def test_a_run_with_a_warm_up_stopped_inside_it_and_resumed(chain, monkeypatch):
     [
         (["--critic-warmup", 1, "--leave-one-out", "--answers", 2], "--critic-warmup is for the critic"),
         (["--critic-warmup", 1, "--value-coef", 0], "--value-coef 0 teaches nothing"),
+        (["--value-coef", 0.5, "--leave-one-out", "--answers", 2], "--value-coef is for the critic"),
         (["--value-lr", "1e-3", "--leave-one-out", "--answers", 2], "--value-lr is for the critic"),
         (["--value-lr", "1e-3", "--value-coef", 0], "--value-coef 0 teaches nothing"),
         (["--critic-warmup", 2], "leaves none of the 2 updates"),

@@ -47,6 +47,14 @@ def test_a_query_does_not_end_inside_a_character():
     assert not any("\ufffd" in text for text in texts)
 
 
+def test_a_query_is_the_beginning_of_what_is_seen():
+    """Texts are seen without special tokens, so a query has none, and what follows it is the response."""
+    tokenizer = models.scratch_tokenizer(["a b c"] * 8)
+    ids = tokenizer("a<|endoftext|> b", add_special_tokens=False)["input_ids"]
+    assert querying.whole_text(tokenizer, ids) == "a b"
+    assert querying.whole_text(tokenizer, ids[1:2]) == "<|endoftext|>"  # nothing else is there to ask
+
+
 def test_a_query_begins_as_texts_do():
     """Llama's tokenizer opens a text with a token of its own; a chat template may have written it already."""
     tokenizer = models.scratch_tokenizer(["a b c d"] * 8)

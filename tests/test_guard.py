@@ -87,6 +87,11 @@ def test_after_three_times_it_stops():
         kl_guard.raise_if_stopped("x", "x_stopped", update=4)  # such as the best one of the evaluations
 
 
+def test_a_run_that_never_was_below_the_limit_does_not_say_it_was():
+    _, kl_guard, _ = watched([12.0] + [11.0] * 23)  # as with --start-from
+    assert kl_guard.chosen == (0, "none was below --kl-limit", {"kl": 12.0})
+
+
 @pytest.mark.parametrize("kl", [math.nan, math.inf])
 def test_a_kl_that_is_not_finite_is_too_high_and_not_waited_for(kl):
     actions, _, training = watched([1.0, kl, kl, 2.0, kl])

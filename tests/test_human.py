@@ -14,7 +14,7 @@ from rlhf import rewards
 from rlhf.errors import UserError
 from rlhf.human import answers, feedback, reward_model
 from rlhf.human.questions import Question
-from tests.conftest import TINY_RUN, refused, run
+from tests.conftest import TINY_EVALUATION, TINY_RUN, refused, run
 
 FEW_SAMPLES = "--queries 2 --samples 4 --reference-samples 64".split()
 
@@ -193,5 +193,36 @@ def test_mistakes_in_the_flags(chain):
     assert "neither good-bad nor best-of-N" in refused("finetuning_nlg", "--feedback", "best-of-1", cwd=home)
     for flag in (["--annotator", "gold"], ["--page"], ["--labels", 60], ["--reward-lr", 1e-4]):
         assert f"{flag[0]} is for --reward human" in refused("finetuning_nlg", *TINY_RUN, *flag, cwd=home)
+    refusals = {
+        ("--page",): "--page is for people, and --annotator answers in their place",
+        ("--feedback-file", "data_cls/train.csv/x.jsonl"): "its folder cannot be made",
+    }
+    for flags, words in refusals.items():
+        assert words in refused("finetuning_nlg", *HUMAN, "--run", "no", "--out", "models/no", *flags, cwd=home)
+    alone = [*TINY_RUN, "--reward", "human", "--annotator-noise", 0.1]
+    assert "--annotator-noise is that of an --annotator" in refused("finetuning_nlg", *alone, cwd=home)
     assert "--label-rounds 5 are more than" in refused("finetuning_nlg", *HUMAN, "--label-rounds", 5, cwd=home)
     assert "there is no file none.py" in refused("finetuning_nlg", *HUMAN[:-4], "--annotator", "none.py:f", cwd=home)
+
+
+def test_what_is_written_beside_the_policy_replaces_models_only(chain):
+    home, _ = chain
+    mine = home / "models" / "mine_reward" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    said = refused("finetuning_nlg", *HUMAN, "--run", "mine", "--out", "models/mine", cwd=home)
+    assert "models/mine_reward is there and is no model folder" in said and mine.read_text() == "mine"
+    flags = ["--reward", "models/x_reward", "--out", "models/x"]
+    assert "would replace --reward models/x_reward" in refused("finetuning_nlg", *HUMAN, *flags, cwd=home)
+
+
+def test_the_model_of_other_peoples_answers_is_not_taken_for_this_runs(chain):
+    """Two runs with the same --out, the first of whose policies was put aside."""
+    home, _ = chain
+    for name in ("one", "two"):
+        answered = ["--feedback-file", f"data_cls/{name}.jsonl", "--labels", 4, "--seed", len(name) + (name == "two")]
+        run("finetuning_nlg", *HUMAN, *answered, "--run", name, "--out", "models/shared", cwd=home)
+        if name == "one":
+            (home / "models" / "shared").rename(home / "models" / "aside")
+    evaluation = ["--run", "data_results/one", "--policy", "models/aside", *TINY_EVALUATION[2:]]
+    assert "models/shared_reward has the model of data_results/two" in refused("evaluate_nlg", *evaluation, cwd=home)

@@ -14,7 +14,7 @@ IN_THE_ROOT = {"train_cls.py", "train_nlg.py", "finetuning_nlg.py", "evaluate_nl
 SCRIPTS = sorted(IN_THE_ROOT - {"ppo.py"})
 LAYERS = [  # a module imports from the layers before its own only
     "errors distributed precision muon frontier seeds model_card environment recipes",
-    "lora activations cli threads",
+    "lora activations cli threads user_code",
     "runtime flags checkpoint fast_path vocabulary plots",
     "forward data guard querying",
     "policy",

@@ -42,6 +42,15 @@ def test_any_other_folder_counts_as_pretrained(tmp_path, config):
     assert recipes.kind_of(str(tmp_path)) == recipes.PRETRAINED
 
 
+@pytest.mark.parametrize(("from_scratch", "kind"), [("true", recipes.FROM_SCRATCH), ("false", recipes.PRETRAINED)])
+def test_adapters_are_of_the_kind_of_the_model_under_them(tmp_path, from_scratch, kind):
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "config.json").write_text(f'{{"from_scratch": {from_scratch}}}')
+    (tmp_path / "adapter" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tmp_path}/base"}}')
+    assert recipes.kind_of(str(tmp_path / "adapter")) == kind
+
+
 def test_what_the_user_set_stays():
     args = argparse.Namespace(lr=0.5, optimizer=None)
     recipes.fill(args, RECIPE, "gpt2")

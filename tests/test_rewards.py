@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from rlhf import flags, gold, models, rewards
+from rlhf import flags, gold, models, prompting, rewards, runtime, user_code
 from rlhf.errors import UserError
 from rlhf.rewards import Part, Reward
 from tests.conftest import ROOT, TINY_EVALUATION, TINY_RUN, refused, run
@@ -187,7 +187,7 @@ def test_a_device_out_of_memory_is_no_mistake_of_the_function(tmp_path):
 def test_a_function_that_is_not_there(tmp_path, spec, message):
     (tmp_path / "own.py").write_text("FIVE = 5\ndef score(texts):\n    return [0.0 for _ in texts]\n")
     with pytest.raises(UserError, match=message):
-        rewards.load_function(spec.format(tmp_path), "--annotator")
+        user_code.load_function(spec.format(tmp_path), "--annotator")
 
 
 def test_a_missing_file_is_found_before_the_policy_is_loaded(tmp_path):
@@ -199,7 +199,24 @@ def test_a_functions_file_may_define_a_dataclass(tmp_path):
     lines = ["from __future__ import annotations", "from dataclasses import dataclass", "@dataclass", "class A:"]
     lines += ["  a: int", "def score(texts):", "  return [A(1).a for _ in texts]"]
     (tmp_path / "own.py").write_text("\n".join(lines))
-    assert rewards.load_function(f"{tmp_path}/own.py:score", "--reward")(["x"]) == [1]
+    assert user_code.load_function(f"{tmp_path}/own.py:score", "--reward")(["x"]) == [1]
+
+
+def test_a_function_without_a_signature_gets_the_texts():
+    assert (
+        rewards.user_function(max, prompting.Texts.split)(["a"], ["1", "2"]).tolist() == 2
+    )  # which checks would refuse
+
+
+def test_texts_that_are_longer_than_the_model_reads_are_told_once(chain, capsys):
+    model, tokenizer = rewards.load_model(str(chain[0] / "models" / "cls"))
+    tokenizer.model_max_length = 8
+    runtime.warn_once.cache_clear()
+    short, long = ["He ran."], ["He ran.", "He ran and ran and ran and ran and ran."]
+    for texts in (short, long, long):
+        rewards.score_texts(model, tokenizer, texts, texts)
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("warning: texts of ") and "are scored by their first 8, all that" in said
 
 
 def test_people_among_the_rewards():

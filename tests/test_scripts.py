@@ -463,6 +463,7 @@ def test_model_folders(chain, tmp_path):
         (["--response-length", "252"], "257 tokens are more than the 256 that the model can read"),
         (["--reference-samples", "9" * 25], "at most 1000000"),
         (["--out", "models/nlg"], "--out models/nlg would replace --policy"),
+        (["--kl", "sampled", "--query-kl"], "--query-kl is a part of the exact penalty"),
         (["--out", "models/../models/cls/"], "models/cls would replace --reward"),
     ],
 )

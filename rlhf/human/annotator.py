@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from rlhf import rewards
+from rlhf import rewards, user_code
 from rlhf.human.questions import Ask, View
 
 
@@ -35,7 +35,7 @@ def load_rating_function(
 ) -> Callable[[list[str]], list[float]]:
     """The function from texts to ratings that `spec` names, as in `load`."""
     if spec == "gold":
-        judge = rewards.load_judge_function(gold)
+        judge = user_code.load_judge_function(gold)
 
         def rate_by_judge(texts: list[str]) -> list[float]:
             """1 for an ethical text, 0 for an unethical one, -1 for an invalid one."""
@@ -46,5 +46,5 @@ def load_rating_function(
         model = rewards.load_model(spec.removeprefix("classifier:"))
         raw_score = rewards.frozen_model(*model, device, precision_name)
         return lambda texts: raw_score([], texts).tolist()
-    score = rewards.checked(rewards.load_function(spec, "--annotator"), f"--annotator {spec}")
+    score = user_code.checked(user_code.load_function(spec, "--annotator"), f"--annotator {spec}")
     return lambda texts: score(texts).tolist()

@@ -25,7 +25,11 @@ def read(path: Path, num_samples: int) -> list[dict]:
         return []
     if not path.is_file():
         raise UserError(f"--feedback-file {path} is no file; give the name of a .jsonl file")
-    rows, lines = [], path.read_text(encoding="utf-8").split("\n")  # a text may hold what splitlines takes for an end
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold what splitlines takes for an end
+    except UnicodeDecodeError as error:
+        raise UserError(f"--feedback-file {path} is no text in UTF-8: correct it ({error})") from error
+    rows = []
     for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
         try:
             row = json.loads(line)
@@ -66,9 +70,16 @@ def to_row(question: Question, key: str, metadata: dict) -> dict:
     return row | {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")} | metadata
 
 
+def make_folder(path: Path) -> None:
+    """The folder of the file of answers, before somebody has answered in vain."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--feedback-file {path}: its folder cannot be made ({error}); give another one") from error
+
+
 def append(path: Path, row: dict) -> None:
     """Write a row as the last line, and wait until it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         between = b"" if file.read() in (b"", b"\n") else b"\n"  # an editor may have left the last line open

@@ -91,7 +91,11 @@ def load(
     """
     if distributed.world_size() > 1:
         raise UserError("--reward human asks one person, in one process; start it without torchrun")
-    answers.read(settings.file, samples_per_question(settings.kind))  # an error in it ends the run here, not later
+    there = answers.read(settings.file, samples_per_question(settings.kind))  # an error in it ends the run here
+    answers.make_folder(settings.file)
+    if there:
+        by = ", ".join(sorted({str(row.get("annotator") or "people") for row in there}))
+        print(f"{len(there)} answers are in {settings.file} already, by {by}; they count")
     model, tokenizer = reward_model.new_model(policy, settings.kind)
     precision.set_precision(model.to(device), precision.choose(precision_name, device, model))
     if annotator_spec:

@@ -33,6 +33,14 @@ def refuse_without_people(args: argparse.Namespace, flags: list[argparse.Action]
             raise UserError(f"{flag.option_strings[0]} is for --reward human: give it, too, or leave it out")
 
 
+def refuse_contradictions(args: argparse.Namespace) -> None:
+    """Where an annotator answers, no person is asked, and the other way round."""
+    if args.annotator_noise and not args.annotator:
+        raise UserError("--annotator-noise is that of an --annotator; give one, or leave it out")
+    if args.page and args.annotator:
+        raise UserError("--page is for people, and --annotator answers in their place; leave out one of them")
+
+
 def kind(text: str) -> str:
     """An argparse type: good-bad, or best-of-N with N from 2 to 9."""
     if text != "good-bad" and not re.fullmatch("best-of-[2-9]", text):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from rlhf import models, rewards, supervised
+from rlhf import lora, models, rewards, supervised
 from rlhf.errors import UserError
 from rlhf.human.answers import label_in, question_in
 from rlhf.human.questions import Question, samples_per_question
@@ -16,6 +16,8 @@ BATCH = 32  # answers per step
 def new_model(policy: str, kind: str):
     """A reward model for questions of this kind, with the policy's weights and a random head as in [1], and its
     tokenizer."""
+    if lora.base_of_folder(policy, "--policy"):
+        raise UserError(f"--reward human learns as a copy of --policy, and {policy} is adapters: give it merged")
     outputs = 2 if samples_per_question(kind) == 1 else 1
     model, tokenizer = models.load_pretrained(
         AutoModelForSequenceClassification, policy, "--policy", new_head=True, num_labels=outputs
