@@ -41,7 +41,7 @@ TASK ?= world
 DATA ?= hub
 SEEDS ?= 1
 pretrained: .venv/pretrained
-	$(BIN)/python -m experiments.pretrained $(TASK) --source $(DATA) --seeds $(SEEDS)
+	$(BIN)/python -m experiments.pretrained $(TASK) --source "$(DATA)" --seeds $(SEEDS)
 
 # needs the network for models and data. FULL=1: [3]'s hyper-parameters and its million episodes
 gpt2: .venv/installed

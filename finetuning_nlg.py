@@ -96,6 +96,8 @@ def parse_args() -> argparse.Namespace:
     if args.reward_sees == prompting.REPLY and asks_people:
         raise UserError("--reward human: people judge a reply to its prompt; take --reward-sees both")
     args.run = args.run or f"K{args.ppo_epochs}_lr_{plots.short(args.lr)}_seed{args.seed}"
+    if (Path(args.results) / args.run).is_file():
+        raise UserError(f"--run {args.run}: in --results this is a file, not a run folder; give another name")
     return args
 
 
@@ -121,7 +123,9 @@ def fine_tune(args: argparse.Namespace, device: torch.device, checkpoints: check
     # a new run, on whose reference samples the scores are standardized, or a stopped one
     first_queries = distributed.shard(query_stream.take(args.reference_samples))
     needed = first_queries if human or checkpoints.stage is None else []  # a stopped run has its score statistics
-    samples = ReferenceSamples(first_queries, models.continuations(reference, prompts, needed, sampling, sample_rng))
+    samples = ReferenceSamples(
+        first_queries, models.continuations(reference, prompts, needed, sampling, sample_rng, args.batch_size)
+    )
     if not checkpoints.restore(state):
         start(args, log, reward, human, samples, runtime.provenance(device, dtype))
 
@@ -185,7 +189,11 @@ def print_memory(args: argparse.Namespace) -> None:
     of_models = [spec for spec in specs if spec != "human" and not user_code.is_function(spec)]
     judges = [models.load_config(spec, "--reward") for spec in of_models]
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(memory.Settings)}
-    print(memory.estimate(models.load_config(args.policy, "--policy"), judges, memory.Settings(**settings)).table())
+    policy = models.load_config(args.policy, "--policy")
+    try:
+        print(memory.estimate(policy, judges, memory.Settings(**settings)).table())
+    except (ValueError, AttributeError) as error:  # an encoder, say
+        raise UserError(f"--policy {args.policy} and --reward {args.reward} cannot be estimated: {error}") from error
 
 
 # what a run is made of

@@ -22,8 +22,8 @@ from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import checkpoint, cli, data, flags, models, outputs, recipes, rewards, runtime, supervised
-from rlhf.data import Choices
+from rlhf import checkpoint, choice_data, cli, data, flags, models, outputs, recipes, rewards, runtime, supervised
+from rlhf.choice_data import Choices
 from rlhf.errors import UserError
 from rlhf.supervised import FitSettings
 
@@ -58,8 +58,8 @@ def parse_args() -> argparse.Namespace:
     )
     training.add_argument(
         "--lm-data",
-        help="texts for it, as --data of train_nlg.py (default: data_nlg for a new model of the shipped labels, "
-        "otherwise the labelled texts)",
+        help="texts for it, as --data of train_nlg.py, in a column text, sentence, input, content or prompt (default: "
+        "data_nlg for a new model of the shipped labels, otherwise the labelled texts)",
     )
     training.add_argument("--lm-lr", type=cli.POSITIVE, default=6e-3, help="peak learning rate of language modelling")
     training.add_argument("--batch-size", type=cli.COUNT, default=32, help="texts per step")
@@ -92,7 +92,7 @@ def main() -> None:
 
 def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoint.Checkpoints) -> None:
     # data
-    splits = data.load_choices(
+    splits = choice_data.load_choices(
         args.data,
         args.data_config,
         args.data_revision,
@@ -113,7 +113,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoints: checkpoin
     model, dtype = supervised.prepare(args, model, recipes.CLASSIFIER, device)
     max_length = min(args.max_length, models.max_length(model, tokenizer))
     tokenizer.model_max_length = max_length  # where every script that scores with this model cuts texts, too
-    ids = tokenizer(training.texts, truncation=True)["input_ids"]
+    ids = tokenizer(models.with_a_token(tokenizer, training.texts), truncation=True)["input_ids"]
 
     # fit: language modelling, then labels or comparisons
     lm_settings, choice_settings = fit_settings(args)

@@ -1,6 +1,7 @@
 """Running the project's scripts from an experiment."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def run(command: str, **variables: str) -> None:
 
     Nothing is done where its --out exists already, which a script writes last.
     """
-    script, *flags = command.split()
+    script, *flags = shlex.split(command)
     if is_done(flags):
         return
     print(f"\n{command}", flush=True)

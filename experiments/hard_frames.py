@@ -51,9 +51,10 @@ def refuse_another(run_folder: Path, args: argparse.Namespace) -> None:
     """What was trained with other flags is not trained again, and must not pass for a run with these."""
     if (run_folder / "config.json").exists():
         made = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))["settings"]
-        if (made["reward"], made["episodes"]) != ([args.reward], args.episodes):
+        if (made["reward"], made["episodes"], made["seed"]) != ([args.reward], args.episodes, args.seed):
             raise UserError(
-                f"{run_folder} is of --reward {made['reward'][0]} --episodes {made['episodes']}; give another --run"
+                f"{run_folder} is of --reward {made['reward'][0]} --episodes {made['episodes']} --seed {made['seed']}; "
+                "give another --run"
             )
 
 

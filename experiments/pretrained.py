@@ -16,6 +16,7 @@ stopped.
 import argparse
 import importlib.util
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def train_models(args: argparse.Namespace, home: Path) -> tuple[Path, Path, str]
         # its sentences must be learned exactly: with the default rate and batch a quarter of the samples are valid
         run(f"{from_policy} --lr 5e-4 --batch-size 16 --samples {REPORT_SAMPLES} --data {home}/texts")
         return policy, reward, ""
-    run(f"experiments.real_data {args.task} --source {args.source} --out {home}/rows")
+    run(f"experiments.real_data {args.task} --source {shlex.quote(args.source)} --out {home}/rows")
     run(f"{from_encoder} --data {home}/rows/reward --seed 10")
     run(f"{classify} --model {args.policy} --data {home}/rows/judge --epochs 1 --out {home}/judge --seed 20")
     run(f"{from_policy} --data {home}/rows/continued --gold none")

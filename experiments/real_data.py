@@ -7,8 +7,8 @@ sentiment is SST-2; ethics is the short rows of ETHICS commonsense, with Moral S
 --out/judge, labelled, with half of the training rows each: the judge has seen no label that the reward model learned
 from. Both have the same test rows. --out/texts is for a generator of such texts. --out/continued has those of them that
 answer queries, for a generator that is pretrained: sentences of SST-2; situations of Moral Stories, each with one of
-its two actions, drawn at random. --out/queries has texts whose openings are queries, and which no model has seen: test
-sentences of SST-2, situations of Moral Stories.
+its two actions, drawn at random. --out/queries has texts whose openings are queries, and on which no model has trained:
+test sentences of SST-2, situations of Moral Stories.
 """
 
 import json

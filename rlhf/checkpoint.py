@@ -97,8 +97,6 @@ def refuse_other_than_model(folder: str) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Refuse a folder that another process writes to; the lock dies with its process."""
-    if folder.is_file():
-        raise UserError(f"{folder} is a file, and a folder is to be written there; give another name")
     locks = folder.parent / ".locks"  # apart, so that a pattern like data_results/K1* finds run folders only
     try:
         locks.mkdir(parents=True, exist_ok=True)

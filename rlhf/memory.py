@@ -5,6 +5,7 @@ Every response is taken to be as long as it may be. What Python, torch and the d
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from rlhf import activations, fast_path, lora, precision, vocabulary
 from rlhf.muon import inner_matrices
 from rlhf.policy import PolicyWithValue
+from rlhf.sampling import make_room
 from rlhf.vocabulary import logprobs_and_kl
 
 GIB, FLOAT, HALF = 2**30, 4, 2  # bytes
@@ -79,8 +83,10 @@ def estimate(config: PretrainedConfig, rewards: Sequence[PretrainedConfig], sett
         weights = _bytes([reference, trained, *_computing(trained)]) + _output_layers(trained.model, dtype, settings)
         weights += sum(_reward_bytes(each, settings) for each in rewards)
         gradients, optimizer, of_a_step = _training(trained, settings)
+        prompts = _prompts(_computing(trained)[0], settings)
         of_layers, of_vocabulary, at_work, first_gradients = _forward_batch(trained, reference, settings)
     sampled, kept = _rollout(config, dtype, settings)
+    sampled = max(sampled, prompts)
     earlier_gradients = gradients if settings.rows > settings.forward_batch else first_gradients
     update = max(
         of_layers + of_vocabulary + at_work + earlier_gradients,  # the last backward pass begins
@@ -224,6 +230,40 @@ def _saved_bytes(forward: Callable[[], Tensor], models: list[nn.Module]) -> int:
 
 
 # the rollout
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of tensors while they are there, but for weights; `peak` is the most so far."""
+
+    def __init__(self, weights: set[int]):
+        super().__init__()
+        self.peak, self._now, self._known = 0, 0, weights
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self._known:
+                self._known.add(key)
+                self._now += x.untyped_storage().nbytes()
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(x.untyped_storage(), self._freed, key, x.untyped_storage().nbytes())
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)  # another tensor may get it
+        self._now -= size
+
+
+def _prompts(model, settings: Settings) -> int:
+    """Bytes while all queries of a batch go through the model at once, as `sampling.sample` begins."""
+    ids = torch.zeros(settings.batch_size, settings.query_length, dtype=torch.long)
+    positions = torch.arange(settings.query_length).expand_as(ids)
+    with _Live({weight.untyped_storage()._cdata for weight in model.parameters()}) as live, torch.no_grad():
+        out = model.base_model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=True
+        )
+        make_room(out.past_key_values, settings.response_length)
+    return live.peak
 
 
 def _rollout(config: PretrainedConfig, dtype: torch.dtype, settings: Settings) -> tuple[int, int]:

@@ -41,6 +41,7 @@ MADE_BY = {
 
 MAX_POSITIONS, HEAD_WIDTH = 256, 32  # the longest text in tokens, and the width of an attention head
 VOCABULARY = 4096  # tokens at most
+LONGEST_WORD = 50  # characters that the tokenizer learns from in one piece
 ARCHITECTURES = {  # the settings that only this architecture has
     "gpt2": {"activation_function": FUSED_GELU, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {"tie_word_embeddings": True},
@@ -64,7 +65,8 @@ def scratch_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (re.sub(r"\S{200,}", " ", text) for text in texts)  # these are no words, and take the trainer minutes
+    # what is longer is no word, or a language without spaces, and takes the trainer minutes in one piece
+    texts = (re.sub(rf"(\S{{{LONGEST_WORD}}})", r"\1 ", text) for text in texts)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
@@ -241,6 +243,12 @@ def stop_token(tokenizer, stop: str | None) -> int:
     if len(ids) != 1:
         raise UserError(f"--stop {stop!r} is {len(ids)} tokens of this policy's tokenizer, not one")
     return ids[0]
+
+
+def with_a_token(tokenizer, texts: list[str]) -> list[str]:
+    """The texts, with the end-of-text token in place of an empty one that would have no token."""
+    nothing = "" if tokenizer("")["input_ids"] else tokenizer.eos_token
+    return [text or nothing for text in texts]
 
 
 # what a policy writes

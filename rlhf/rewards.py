@@ -236,8 +236,7 @@ def log_odds(model, tokenizer, texts: list[str], device: torch.device, batch: in
     names = {str(name).lower(): index for name, index in (model.config.label2id or {}).items()}
     positive = names.get("positive", model.config.num_labels - 1)
     length = models.max_length(model, tokenizer)
-    nothing = "" if tokenizer("")["input_ids"] else tokenizer.eos_token  # a row needs a token
-    texts = [text or nothing for text in texts]
+    texts = models.with_a_token(tokenizer, texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     scores = np.empty(len(texts))
     with torch.no_grad():

@@ -130,19 +130,19 @@ def progress(label: str, unit: str, done: int, total: int) -> tqdm:
 
 @distributed.main_process_only
 def write_json(path: Path, value: dict) -> Path:
-    """Write a value, NaN as null: JSON has no NaN. The previous file stays until this one is whole."""
+    """Write a value, NaN and infinity as null: JSON has neither. The previous file stays until this one is whole."""
 
-    def without_nan(x):
+    def finite(x):
         if isinstance(x, dict):
-            return {key: without_nan(item) for key, item in x.items()}
+            return {key: finite(item) for key, item in x.items()}
         if isinstance(x, (list, tuple)):
-            return [without_nan(item) for item in x]
-        return None if isinstance(x, float) and math.isnan(x) else x
+            return [finite(item) for item in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
 
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")
     try:
-        fresh.write_text(json.dumps(without_nan(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fresh.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         fresh.replace(path)
     except BaseException:
         fresh.unlink(missing_ok=True)

@@ -36,8 +36,8 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         keys = layer.keys.to(layer.values.dtype)  # rotated in float32 where the values are bfloat16
         self.lazy_initialization(keys, layer.values)
-        self.keys, self.values = keys, layer.values
         self.whole = [torch.cat([x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for x in (keys, layer.values)]
+        self.keys, self.values = (whole[:, :, : keys.shape[2]] for whole in self.whole)
 
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         start = self.keys.shape[2]
@@ -55,7 +55,9 @@ class RoomyLayer(DynamicLayer):
 
 def make_room(cache, room: int) -> None:
     """Lets the plain layers of a cache hold `room` tokens more without copying; other kinds stay as they are."""
-    cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    for i, layer in enumerate(cache.layers):  # each is freed before the next one grows
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = RoomyLayer(layer, room)
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ of which one is the best. A row's targets are what the model predicts: the token
 
 import argparse
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,8 @@ def perplexity(model, rows: list[list[int]], pad_id: int, device: torch.device, 
         ids, mask = pad(rows[start : start + batch], pad_id, device)
         losses, counts = lm_loss(model, ids, mask)
         loss, tokens = loss + losses.sum().item(), tokens + counts.sum().item()
+    if not tokens:
+        raise UserError("language modelling needs texts of two tokens and more; give other texts, or --max-length 2")
     return {"loss": loss / tokens, "perplexity": float(np.exp(loss / tokens))}
 
 
@@ -206,6 +209,8 @@ def fit(
         if checkpoints:
             checkpoints.after_step(step, state, stage)
     model.eval()
+    if progress.best_weights is None:
+        raise UserError(f"{stage}: the loss on validation texts is not finite after any epoch; lower --lr")
     weights.load_state_dict(progress.best_weights)
     return progress.history
 
@@ -281,7 +286,7 @@ class Progress:
         self.epoch_loss = 0.0  # sum of the losses of the present epoch's steps
         self.skipped = 0  # steps in a row that were skipped, up to the last one
         self.history: list[dict[str, float]] = []  # metrics of every epoch
-        self.best_value: float | None = None  # of the metric to select by
+        self.best_value = math.inf  # of the metric to select by
         self.best_weights: dict[str, Tensor] | None = None
 
     def end_step(self, loss: float, is_finite: bool) -> None:
@@ -294,7 +299,7 @@ class Progress:
         """Note the metrics, and copy the weights if they are the best so far."""
         self.history.append(metrics)
         self.epoch_loss = 0.0
-        if self.best_value is None or metrics[select_by] < self.best_value:
+        if math.isfinite(metrics["loss"]) and metrics[select_by] < self.best_value:
             self.best_value, self.best_weights = metrics[select_by], copy.deepcopy(weights.state_dict())
 
     def state_dict(self) -> dict[str, Any]:

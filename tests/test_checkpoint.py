@@ -102,7 +102,7 @@ def test_the_random_numbers_of_a_users_reward_go_on(tmp_path):
 
 def test_a_file_where_the_run_folder_should_be(chain):
     said = refused("finetuning_nlg", *TINY_RUN, "--run", "cls_metrics.json", "--out", "models/odd", cwd=chain[0])
-    assert "data_results/cls_metrics.json is a file, and a folder is to be written there" in said
+    assert "--run cls_metrics.json: in --results this is a file, not a run folder" in said
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path):

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import train_cls
-from rlhf import data, rewards, supervised
+from rlhf import choice_data, data, rewards, supervised
 from rlhf.errors import UserError
-from tests.conftest import refused, run
+from tests.conftest import refused, run, write_csv
+
+COLUMNS_OF_TWO = ["sample0", "sample1", "best"]
 
 
 def test_the_loss_of_a_comparison_is_the_papers():
@@ -52,7 +54,7 @@ def test_metrics_of_comparisons_by_hand():
 def test_columns_of_comparisons(tmp_path):
     def read(name, text):
         (tmp_path / name).write_text(text)
-        return data.comparisons(data.load_file(tmp_path / name))
+        return choice_data.comparisons(data.load_file(tmp_path / name))
 
     assert read("a.csv", "chosen,rejected\ngood,bad\n").candidates == [["good", "bad"]]
     assert read("b.csv", "prompt,chosen,rejected\nI am, good, bad\n").candidates == [["I am good", "I am bad"]]
@@ -90,3 +92,19 @@ def test_splits_of_two_kinds_are_refused(tmp_path):
     (tmp_path / "train.csv").write_text("chosen,rejected\na,b\nc,d\n")
     (tmp_path / "test.csv").write_text("text,label\na,1\nb,0\n")
     assert "the splits are not of one kind" in refused("train_cls", "--data", tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--text-column", "--positive-label"])
+def test_flags_of_labelled_texts_are_refused(tmp_path, flag):
+    path = write_csv(tmp_path / "pairs.csv", [("a", "b", "c")] * 20, ["prompt", "chosen", "rejected"])
+    said = refused("train_cls", "--data", path, flag, "x", cwd=tmp_path)
+    assert f"{flag} is for labelled texts, and these are comparisons" in said
+
+
+def test_the_row_without_a_best_is_named(tmp_path):
+    """An empty cell makes floats of a csv's column."""
+    path = write_csv(tmp_path / "rows.csv", [("a", "b", 0), ("c", "d", 1), ("e", "f", "")], COLUMNS_OF_TWO)
+    with pytest.raises(UserError, match="train, row 3: best must be a number from 0 to 1"):
+        choice_data.comparisons(data.load_file(path))
+    path = write_csv(tmp_path / "whole.csv", [("a", "b", "0.0"), ("c", "d", "1.0")], COLUMNS_OF_TWO)
+    assert choice_data.comparisons(data.load_file(path)).chosen.tolist() == [0, 1]

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import train_cls
-from rlhf import data, models, plots, querying, rewards
+from rlhf import choice_data, data, models, plots, querying, rewards
 from rlhf.errors import UserError
 from tests.conftest import ROOT, write_csv
 
@@ -167,14 +167,14 @@ def test_measures_of_a_classifier_by_hand():
 
 def test_labels_are_choices_of_one_candidate(tmp_path):
     path = write_csv(tmp_path / "rows.csv", [("one", 1), ("two", 0), ("three", "1.0")])
-    choices = data.labelled(data.load_file(path), None, "label", None)
+    choices = choice_data.labelled(data.load_file(path), None, "label", None)
     assert choices.candidates == [["one"], ["two"], ["three"]] and choices.texts == ["one", "two", "three"]
     assert choices.chosen.tolist() == [1, 0, 1]
     assert choices.select(np.array([2, 1])).chosen.tolist() == [1, 0]
 
 
 def test_fewer_rows_to_train_on():
-    whole, few = (data.load_choices(str(ROOT / "data_cls"), train_rows=rows) for rows in (None, 100))
+    whole, few = (choice_data.load_choices(str(ROOT / "data_cls"), train_rows=rows) for rows in (None, 100))
     assert list(whole) == list(few) == ["train", "valid", "hard", "test"]
     label_of = dict(zip(whole["train"].texts, whole["train"].chosen, strict=True))
     assert len(few["train"].candidates) == 100
@@ -186,7 +186,7 @@ def test_fewer_rows_to_train_on():
 def test_the_validation_split_of_the_data_is_used(tmp_path):
     for name, texts in (("train", "abcd"), ("dev", "ef"), ("test", "gh")):
         write_csv(tmp_path / f"{name}.csv", [(text, i % 2) for i, text in enumerate(texts)])
-    splits = data.load_choices(str(tmp_path))
+    splits = choice_data.load_choices(str(tmp_path))
     assert {name: split.texts for name, split in splits.items()} == {
         "train": list("abcd"), "valid": list("ef"), "test": list("gh")
     }  # fmt: skip
@@ -219,17 +219,17 @@ def warnings_in(capsys):
 
 
 def test_only_train_must_have_both_labels(tmp_path):
-    splits = data.load_choices(folder_of(tmp_path, train=PAIR, valid=PAIR, test=[("one", 0), ("two", 0)]))
+    splits = choice_data.load_choices(folder_of(tmp_path, train=PAIR, valid=PAIR, test=[("one", 0), ("two", 0)]))
     assert splits["test"].chosen.tolist() == [0, 0]
     (tmp_path / "words").mkdir()
     words = folder_of(tmp_path / "words", train=[("a", "yes"), ("b", "no")], valid=[("c", "yes")])
-    assert data.load_choices(words, positive_label="yes")["valid"].chosen.tolist() == [1]
+    assert choice_data.load_choices(words, positive_label="yes")["valid"].chosen.tolist() == [1]
 
 
 def test_a_split_without_trains_labels_is_left_out(tmp_path, capsys):
     """As the unsupervised split of IMDB and the test splits of GLUE, in which all labels are -1."""
     unlabelled = {"unsupervised": [("one", -1), ("", -1)], "other": [("one", ""), ("two", "")]}
-    splits = data.load_choices(folder_of(tmp_path, train=PAIR, valid=PAIR, test=PAIR, **unlabelled))
+    splits = choice_data.load_choices(folder_of(tmp_path, train=PAIR, valid=PAIR, test=PAIR, **unlabelled))
     assert list(splits) == ["train", "valid", "test"]
     assert warnings_in(capsys) == [
         "warning: other is left out: it has no labels, and train 0, 1",
@@ -240,7 +240,7 @@ def test_a_split_without_trains_labels_is_left_out(tmp_path, capsys):
 def test_a_split_without_the_label_column_is_left_out(tmp_path, capsys):
     folder = folder_of(tmp_path, train=PAIR * 10)
     (tmp_path / "valid.csv").write_text("text\na\nb\n")
-    splits = data.load_choices(folder)
+    splits = choice_data.load_choices(folder)
     assert {name: len(split.candidates) for name, split in splits.items()} == {"train": 18, "valid": 2}  # of train's 20
     assert warnings_in(capsys) == ["warning: valid is left out: it has no labels, and train 0, 1"]
 
@@ -254,14 +254,14 @@ def test_a_split_without_the_label_column_is_left_out(tmp_path, capsys):
 )
 def test_a_wrong_label_is_found_by_split_and_row(tmp_path, test_rows, message):
     with pytest.raises(UserError, match=message):
-        data.load_choices(folder_of(tmp_path, train=PAIR, valid=PAIR, test=test_rows))
+        choice_data.load_choices(folder_of(tmp_path, train=PAIR, valid=PAIR, test=test_rows))
 
 
 def test_a_message_lists_a_few_labels():
     """Not all of a column of ratings, given by mistake."""
     rows = datasets.Dataset.from_dict({"text": list("abcdefg"), "label": [0, 1, 2, 3, 4, 5, 6]})
     with pytest.raises(UserError, match=r"train has 0, 1, 2, 3, 4, \.\.\.$"):
-        data.labelled(rows, None, "label", "1")
+        choice_data.labelled(rows, None, "label", "1")
 
 
 MESSAGES = [{"role": "user", "content": "Is it late?"}]
@@ -272,7 +272,7 @@ def test_a_cell_that_is_no_text_is_refused(tmp_path):
     write_rows(tmp_path / "train.jsonl", {"text": "a", "label": 1}, {"text": "b", "label": 0})
     write_rows(tmp_path / "test.jsonl", {"text": MESSAGES, "label": 1})
     refusal = "test, row 1: text holds a list, not a text; write what it says as one text"
-    for load in (data.load_texts, data.load_choices):
+    for load in (data.load_texts, choice_data.load_choices):
         with pytest.raises(UserError, match=refusal):
             load(str(tmp_path))
 
@@ -291,21 +291,21 @@ def test_a_wrong_comparison_is_found_by_split_and_row(tmp_path, row, message):
     write_rows(tmp_path / "train.jsonl", {"chosen": "a", "rejected": "b"})
     write_rows(tmp_path / "valid.jsonl", row)
     with pytest.raises(UserError, match=message):
-        data.load_choices(str(tmp_path))
+        choice_data.load_choices(str(tmp_path))
 
 
 def test_numbers_are_texts(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n7,1\n0,0\n")
-    assert data.labelled(data.load_file(path), None, "label", None).texts == ["7", "0"]
+    assert choice_data.labelled(data.load_file(path), None, "label", None).texts == ["7", "0"]
     path.write_text("prompt,chosen,rejected\n3,0,1.5\n")
-    assert data.comparisons(data.load_file(path)).candidates == [["30", "31.5"]]
+    assert choice_data.comparisons(data.load_file(path)).candidates == [["30", "31.5"]]
 
 
 def test_one_comparison_is_too_few(tmp_path):
     (tmp_path / "rows.csv").write_text("chosen,rejected\na,b\n")
     with pytest.raises(UserError, match="holds too few rows"):
-        data.load_choices(str(tmp_path / "rows.csv"))
+        choice_data.load_choices(str(tmp_path / "rows.csv"))
 
 
 # names, files and models
@@ -344,3 +344,19 @@ def test_gpt2s_activation_is_fused_and_the_same_function(tmp_path):
     assert "Tanh" in type(fused.transformer.h[1].mlp.act).__name__
     ids = torch.arange(2, 14).view(2, 6)
     torch.testing.assert_close(fused(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_words_that_pandas_takes_for_missing(tmp_path):
+    """Only an empty cell is."""
+    words = ["None", "NA", "nan", "null"]
+    write_csv(tmp_path / "train.csv", [(word, i % 2) for i, word in enumerate([*words, ""])])
+    assert data.texts_of(data.load_file(tmp_path / "train.csv"), None) == [*words, ""]
+    write_csv(tmp_path / "names.csv", [("a", "None"), ("b", "some")])
+    assert choice_data.labels_of(data.load_file(tmp_path / "names.csv"), "label") == ["None", "some"]
+
+
+def test_a_language_without_spaces_has_tokens_of_its_own():
+    """Its lines are longer than any word."""
+    line = "今天天气很好我们一起去公园散步吧" * 20
+    tokenizer = models.scratch_tokenizer([line] * 8)
+    assert len(tokenizer(line)["input_ids"]) < len(line) / 4  # of the three bytes of each character

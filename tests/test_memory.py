@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, ViTConfig
 
 from rlhf import memory, models
 from tests.conftest import refused, run
@@ -101,9 +101,16 @@ def test_activations_grow_with_the_forward_batch_and_shrink_with_checkpointing(c
 
 
 def test_of_a_rollout_the_cache_and_the_states_count():
-    tokens, rows = 8 + 16, 64
-    cache, states, logits = 2 * LAYERS * rows * tokens * H * 4, rows * 16 * H * 4, 3 * rows * V * 4
-    assert estimated().rollout == cache + states + logits
+    tokens, rows = 2 + 22, 64
+    cache, states, logits = 2 * LAYERS * rows * tokens * H * 4, rows * 22 * H * 4, 3 * rows * V * 4
+    assert estimated(query_length=2, response_length=22).rollout == cache + states + logits
+
+
+def test_long_queries_go_through_the_model_at_once():
+    rows, query, response = 64, 24, 2
+    cache, in_a_layer = 2 * LAYERS * rows * query * H * 4, rows * query * 4 * H * 4  # of an MLP's inner width
+    found = estimated(query_length=query, response_length=response).rollout
+    assert cache + 2 * in_a_layer < found < 2 * (cache + 4 * in_a_layer)
 
 
 def test_nothing_is_allocated(monkeypatch):
@@ -128,6 +135,9 @@ def test_the_flag_prints_a_table_and_loads_nothing(chain, monkeypatch):
 
 
 def test_a_model_that_has_no_configuration_is_refused(chain):
+    ViTConfig().save_pretrained(chain[0] / "models" / "vit")
+    said = refused("finetuning_nlg", "--estimate-memory", "--policy", "models/vit", cwd=chain[0])
+    assert "--policy models/vit and --reward ['models/cls'] cannot be estimated" in said
     said = refused("finetuning_nlg", "--estimate-memory", "--policy", "models/none", cwd=chain[0])
     assert "--policy models/none has no configuration" in said
 

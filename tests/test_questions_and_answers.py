@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 import torch
 
-from rlhf import data, models, prompting, rewards
+from rlhf import choice_data, data, models, prompting, rewards
 from rlhf.errors import Stopped, UserError
 from rlhf.human import annotator, answers, terminal
 from rlhf.human.questions import Question, View, answer_keys, draw_questions, samples_per_question
@@ -89,7 +89,7 @@ def test_every_answer_is_a_line_that_train_cls_reads(tmp_path):
     assert lines[0] | {"time": None} == {
         "query": "Query", "sample0": " a0", "sample1": " b0", "best": 1, "time": None, "policy": "p", "annotator": None
     }  # fmt: skip
-    comparisons = data.comparisons(data.load_file(path))
+    comparisons = choice_data.comparisons(data.load_file(path))
     assert comparisons.candidates == [["Query a0", "Query b0"], ["Query a1", "Query b1"]]
     assert comparisons.chosen.tolist() == [1, 0]
 
@@ -101,7 +101,7 @@ def test_good_or_bad_is_a_label_that_train_cls_reads(tmp_path):
     assert [(row["text"], row["label"]) for row in answers.read(path, 1)] == [("A b", 1), ("C d", 0)]
     assert views[0].answer_keys == {"g": "good", "b": "bad"}
     assert views[1].progress == "1 of 2 labels, good: 1"
-    labels = data.labelled(data.load_file(path), None, "label", None)
+    labels = choice_data.labelled(data.load_file(path), None, "label", None)
     assert (labels.candidates, labels.chosen.tolist()) == ([["A b"], ["C d"]], [1, 0])
 
 

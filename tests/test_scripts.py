@@ -52,7 +52,7 @@ def test_the_policy_of_another_run_is_not_taken_for_that_of_this_one(chain, tmp_
     config["settings"]["run"] = "later"
     path.write_text(json.dumps(config))
     error = refused("evaluate_nlg", *TINY_EVALUATION, "--run", "data_results/later", cwd=tmp_path)
-    assert f"has the policy of data_results/{first}, which is not data_results/later as it is now: --run was" in error
+    assert f"has the model of data_results/{first}, which is not data_results/later as it is now: --run was" in error
     config["settings"] |= {"run": first, "kl_coef": 0.01}  # a run of the same name that did not come to its end
     (tmp_path / "data_results" / first / "config.json").write_text(json.dumps(config))
     error = refused("evaluate_nlg", *TINY_EVALUATION, cwd=tmp_path)
@@ -81,7 +81,7 @@ def test_a_folder_that_holds_no_model_is_not_replaced(tmp_path, script):
     (tmp_path / "mine" / "models").mkdir(parents=True)
     (tmp_path / "mine" / "thesis.txt").write_text("two years of work")
     error = refused(script, "--out", "mine/", cwd=tmp_path)
-    assert "--out mine is there and is no model folder, and would be replaced" in error
+    assert "mine is there and is no model folder, and --out would replace it" in error
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "two years of work"
 
 

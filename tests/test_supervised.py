@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import signal
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from rlhf import checkpoint, models, supervised
-from rlhf.errors import Stopped
+from rlhf.errors import Stopped, UserError
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -212,3 +213,30 @@ def test_an_encoder_reads_ahead_and_a_language_model_does_not(tiny_model):
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     encoder = BertModel(BertConfig(vocab_size=8, **small)).eval()
     assert supervised.reads_ahead(encoder) and not supervised.reads_ahead(tiny_model.base_model)
+
+
+def fit_line(validate):
+    """Two epochs of one step each."""
+    layer = nn.Linear(1, 1)
+    settings = supervised.FitSettings(epochs=2, batch_size=1, lr=1e-3, muon=False, seed=0)
+
+    def loss_of(batch):
+        return layer(torch.ones(len(batch), 1)).squeeze(1) ** 2, torch.ones(len(batch))
+
+    return supervised.fit(layer, [1], loss_of, validate, settings, stage="test", device=CPU)
+
+
+def test_a_fit_whose_validation_loss_is_never_finite_has_no_result():
+    losses = iter([math.nan, math.inf])
+    with pytest.raises(UserError, match="test: the loss on validation texts is not finite after any epoch; lower --lr"):
+        fit_line(validate=lambda: {"loss": next(losses)})
+
+
+def test_an_epoch_that_is_not_finite_is_never_the_best():
+    losses = iter([math.nan, 2.0])
+    assert [row["loss"] for row in fit_line(validate=lambda: {"loss": next(losses)})][1] == 2.0
+
+
+def test_texts_of_one_token_have_no_perplexity(tiny_model):
+    with pytest.raises(UserError, match="texts of two tokens and more"):
+        supervised.perplexity(tiny_model, [[1], [2]], 0, torch.device("cpu"))

@@ -80,6 +80,7 @@ def make_folder(path: Path) -> None:
 
 def append(path: Path, row: dict) -> None:
     """Write a row as the last line, and wait until it is on the disk."""
+    make_folder(path)
     with open(path, "a+b") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         between = b"" if file.read() in (b"", b"\n") else b"\n"  # an editor may have left the last line open
