@@ -115,7 +115,7 @@ def test_a_policy_of_another_run_is_not_interpolated(runs):
     config["settings"] |= {"run": "another"}  # and the same --out
     (home / "data_results/another/config.json").write_text(json.dumps(config), encoding="utf-8")
     said = refused("experiments.interpolation", "--run", "data_results/another", cwd=home)
-    assert "models/all_whole has the policy of data_results/all_whole, which is not data_results/another" in said
+    assert "models/all_whole has the model of data_results/all_whole, which is not data_results/another" in said
 
 
 @pytest.mark.parametrize(
