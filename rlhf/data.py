@@ -30,6 +30,8 @@ def load_splits(source: str, config: str | None = None, revision: str | None = N
     config, revision: the configuration (subset) of a hub dataset, and its branch or commit.
     """
     path = Path(source)
+    if path.exists() and (config or revision):
+        raise UserError(f"--data-config and --data-revision are of a hub dataset, and {source} is here; leave them out")
     if path.is_dir():
         files = {}
         for file in sorted(path.iterdir()):

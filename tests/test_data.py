@@ -360,3 +360,10 @@ def test_a_language_without_spaces_has_tokens_of_its_own():
     line = "今天天气很好我们一起去公园散步吧" * 20
     tokenizer = models.scratch_tokenizer([line] * 8)
     assert len(tokenizer(line)["input_ids"]) < len(line) / 4  # of the three bytes of each character
+
+
+@pytest.mark.parametrize("flags", [("commonsense", None), (None, "main")])
+def test_configurations_are_of_the_hub(tmp_path, flags):
+    write_csv(tmp_path / "train.csv", [("a", 0), ("b", 1)])
+    with pytest.raises(UserError, match=r"--data-config and --data-revision are of a hub dataset, and .* is here"):
+        data.load_splits(str(tmp_path), *flags)
