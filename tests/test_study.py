@@ -262,10 +262,11 @@ def test_no_model_predicts_the_choice_between_equal_texts(tmp_path):
 
 
 def test_another_run_on_hard_frames_does_not_pass_for_this_one(tmp_path):
-    (tmp_path / "config.json").write_text('{"settings": {"reward": ["models/cls"], "episodes": 8}}')
-    hard_frames.refuse_another(tmp_path, argparse.Namespace(reward="models/cls", episodes=8))
-    with pytest.raises(UserError, match="is of --reward models/cls --episodes 8; give another --run"):
-        hard_frames.refuse_another(tmp_path, argparse.Namespace(reward="models/other", episodes=8))
+    (tmp_path / "config.json").write_text('{"settings": {"reward": ["models/cls"], "episodes": 8, "seed": 0}}')
+    hard_frames.refuse_another(tmp_path, argparse.Namespace(reward="models/cls", episodes=8, seed=0))
+    for reward, seed in (("models/other", 0), ("models/cls", 1)):
+        with pytest.raises(UserError, match="is of --reward models/cls --episodes 8 --seed 0; give another --run"):
+            hard_frames.refuse_another(tmp_path, argparse.Namespace(reward=reward, episodes=8, seed=seed))
 
 
 def test_the_hard_frames_are_told_from_the_others(tmp_path):
