@@ -7,6 +7,7 @@ import pandas as pd
 
 from experiments.grids import GRIDS
 from experiments.markdown import claim, figure, files, lines, load, section, table
+from experiments.report_methods import TRAINERS
 from experiments.report_pretrained import WHOLE_WAY, evaluation_of, gains
 from rlhf import plots
 
@@ -138,6 +139,68 @@ def peer(results: Path) -> str:
     )
 
 
+FAR = "pretrained/interpolation/lr_1e-4_kl_coef_0.05_seed0_interpolate_1"  # a run of this code that goes as far as GRPO
+
+
+def grpo_on_reviews(results: Path) -> str:
+    """Beside the run of the grid `reviews` with the defaults, on its models."""
+    ours, names = "default_seed0", {"default_seed0": "this code, `--interpolate 1`"}
+    minutes = pd.read_csv(results / "peers_reviews.csv").set_index("run").minutes
+    folders = {ours: results / "reviews" / ours}
+    for folder in sorted((results / "peers_reviews").glob("*_seed*")):
+        folders[folder.name], names[folder.name] = folder, TRAINERS[folder.name.partition("_")[0]]
+    runs = pd.DataFrame([evaluation_of(folder) for folder in folders.values()], index=list(folders))
+    settings = load(folders[ours] / "config.json")["settings"]
+    rows = {names[run]: gains(runs.loc[[run]]) | {"minutes": f"{minutes[run]:.0f}"} for run in folders}
+    default, others = runs.loc[ours], runs.drop(ours)
+    grpo, far = others.iloc[0], evaluation_of(results / FAR)
+    lengths = [load(folder / "evaluation.json")["response_length"] for folder in folders.values()]
+    pairs = pd.read_csv(folders[grpo.name] / "pairs.csv", keep_default_na=False)
+    praise = pairs.response_after.str.contains(PRAISE).sum()
+    command = "python -m experiments.peers_today"
+    return section(
+        "How does TRL's GRPO do with the pretrained model?",
+        "TRL 1.16.0 on the sentiment task, one seed: the same reference, reward model, judge, queries, "
+        f"{settings['episodes']:,} sampled texts, batches of {settings['batch_size']} in {settings['minibatches']} "
+        f"minibatches, K = {settings['ppo_epochs']}, learning rate {plots.short(settings['lr'])} and KL coefficient "
+        f"{settings['kl_coef']:g}, which were found for this code; nothing was searched for TRL's. GRPO has 8 texts to "
+        "a query, this code 4. Each had a core of a busy AMD EPYC; TRL's products are in float32, this code's "
+        "in bfloat16.",
+        table("trainer", rows),
+        claim(
+            set(others.index) == {grpo.name} and grpo.judge > default.judge and grpo.kl > 1.5 * default.kl,
+            f"GRPO ends higher, at {grpo.judge:.1%}, and goes {grpo.kl / default.kl:.1f} times as far: it divides the "
+            "scores of a query's texts by their deviation, so that the same coefficient weighs the KL less.",
+        ),
+        claim(
+            grpo.judge > far["judge"] and grpo.distinct > far["distinct"] + 0.1 and abs(grpo.kl - far["kl"]) < 0.5,
+            "At this KL it is ahead of this code: with half of the coefficient and twice the learning rate, on other "
+            f"models of the same kind, this code ends at {far['judge']:.1%} and {far['kl']:.1f} nats, with "
+            f"{far['distinct']:.2f} of the distinct pairs of words where GRPO has {grpo.distinct:.2f}.",
+        ),
+        claim(
+            abs(lengths[1]["after"] - lengths[1]["before"]) < 0.5 and lengths[0]["after"] < lengths[0]["before"] - 3,
+            f"One difference shows in the texts: GRPO's stay as long as they were ({lengths[1]['after']:.1f} tokens), "
+            f"this code's shrink from {lengths[0]['before']:.1f} to {lengths[0]['after']:.1f}. Here the KL of the "
+            "tokens to come is a part of the return, so that an early end pays; in GRPO it is a term of each token's "
+            "own loss only. Whether that, the 8 texts to a query or the division keeps the words varied has not been "
+            "tested.",
+        ),
+        claim(
+            praise < 5,
+            f"In {praise} of {len(pairs)} random texts of GRPO (`pairs.csv`) something is *entertaining*, "
+            "*remarkable*, *beautiful*, *heartwarming* or *inspiring*.",
+        ),
+        claim(
+            minutes[grpo.name] > 2 * minutes[ours],
+            f"GRPO took {minutes[grpo.name] / minutes[ours]:.1f} times as long, beside other programs. RLOO and DPO "
+            "have not been run here yet.",
+        ),
+        files(results, f"{command} --run data_results/reviews/{ours} ...", "peers_reviews.csv", "peers_reviews")
+        + " The settings are in the `config.json` of each run.",
+    )
+
+
 LORA = [f"pretrained/trials/lora_seed{seed}" for seed in range(3)]
 
 
@@ -239,4 +302,4 @@ def reviews(results: Path) -> str:
     )
 
 
-QUESTIONS = (peer, lora, reviews, trials)
+QUESTIONS = (peer, grpo_on_reviews, lora, reviews, trials)
