@@ -145,7 +145,8 @@ FAR = "pretrained/interpolation/lr_1e-4_kl_coef_0.05_seed0_interpolate_1"  # a r
 def grpo_on_reviews(results: Path) -> str:
     """Beside the run of the grid `reviews` with the defaults, on its models."""
     ours, names = "default_seed0", {"default_seed0": "this code, `--interpolate 1`"}
-    minutes = pd.read_csv(results / "peers_reviews.csv").set_index("run").minutes
+    listed = pd.read_csv(results / "peers_reviews.csv").set_index("run")
+    minutes = listed.minutes
     folders = {ours: results / "reviews" / ours}
     for folder in sorted((results / "peers_reviews").glob("*_seed*")):
         folders[folder.name], names[folder.name] = folder, TRAINERS[folder.name.partition("_")[0]]
@@ -168,7 +169,10 @@ def grpo_on_reviews(results: Path) -> str:
         "in bfloat16.",
         table("trainer", rows),
         claim(
-            set(others.index) == {grpo.name} and grpo.judge > default.judge and grpo.kl > 1.5 * default.kl,
+            set(others.index) == {grpo.name}
+            and grpo.judge > default.judge
+            and grpo.kl > 1.5 * default.kl
+            and np.allclose(listed.kl[list(folders)], runs.kl, atol=1e-4),
             f"GRPO ends higher, at {grpo.judge:.1%}, and goes {grpo.kl / default.kl:.1f} times as far: it divides the "
             "scores of a query's texts by their deviation, so that the same coefficient weighs the KL less.",
         ),
