@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf import rewards
+from rlhf import outputs, rewards
 from rlhf.errors import UserError
 from rlhf.human import answers, feedback, reward_model
 from rlhf.human.questions import Question
@@ -226,3 +226,16 @@ def test_the_model_of_other_peoples_answers_is_not_taken_for_this_runs(chain):
             (home / "models" / "shared").rename(home / "models" / "aside")
     evaluation = ["--run", "data_results/one", "--policy", "models/aside", *TINY_EVALUATION[2:]]
     assert "models/shared_reward has the model of data_results/two" in refused("evaluate_nlg", *evaluation, cwd=home)
+
+
+def test_a_reward_model_does_not_start_as_adapters(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "models/nlg"}')
+    with pytest.raises(UserError, match="is adapters: give it merged"):
+        reward_model.new_model(str(tmp_path), "good-bad")
+
+
+@pytest.mark.parametrize("record", ["{", "{}", "[1]"])
+def test_a_damaged_record_of_a_model_is_told_in_one_line(tmp_path, record):
+    (tmp_path / "metrics.json").write_text(record)
+    with pytest.raises(UserError, match=r"metrics.json does not say of which run its model is .*; train it again"):
+        outputs.refuse_policy_of_another_run(tmp_path, {"out": str(tmp_path)})

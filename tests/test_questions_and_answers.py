@@ -339,3 +339,9 @@ def test_equal_ratings_are_decided_at_random(tmp_path):
     counts = Counter(keys)
     assert set(counts) == {"1", "2", "3"}
     assert all(count / 1500 == pytest.approx(1 / 3, abs=0.05) for count in counts.values())
+
+
+def test_answers_in_another_encoding_are_told_in_one_line(tmp_path):
+    (tmp_path / "answers.jsonl").write_bytes('{"query": "café"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"answers.jsonl is no text in UTF-8"):
+        answers.read(tmp_path / "answers.jsonl", 1)

@@ -240,3 +240,10 @@ def test_an_epoch_that_is_not_finite_is_never_the_best():
 def test_texts_of_one_token_have_no_perplexity(tiny_model):
     with pytest.raises(UserError, match="texts of two tokens and more"):
         supervised.perplexity(tiny_model, [[1], [2]], 0, torch.device("cpu"))
+
+
+def test_an_empty_text_has_a_token():
+    tokenizer = models.scratch_tokenizer(["a b c d"] * 2)
+    assert models.with_a_token(tokenizer, ["a", ""]) == ["a", ""]  # this one closes every text
+    tokenizer.backend_tokenizer.post_processor = None  # as GPT-2's, it adds nothing
+    assert models.with_a_token(tokenizer, ["a", ""]) == ["a", "<|endoftext|>"]
