@@ -186,8 +186,8 @@ def warn_of_cut_texts(model, tokenizer, texts: list[str]) -> None:
     tokens, length = len(tokenizer(max(texts, key=len, default=""))["input_ids"]), models.max_length(model, tokenizer)
     if tokens > length:
         runtime.warn_once(
-            f"texts of {tokens} tokens and more are scored by their first {length}, all that {model.name_or_path} "
-            "reads; give a shorter --response-length or --query-length, or a model that reads more"
+            f"{model.name_or_path} reads {length} tokens, and some texts have more: their ends are not scored; give a "
+            "shorter --response-length or --query-length, or a model that reads more"
         )
 
 
